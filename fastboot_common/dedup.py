@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where each known block lies: a publisher's cache of all pack indexes.
+
+On disk, so that a publisher's memory does not grow with the repository. It
+can be deleted at any time; what a manifest says is proven by its root.
+"""
+
+import pathlib
+import sqlite3
+from collections.abc import Callable, Iterable
+from typing import Final
+
+from fastboot_common.pack import PackIndex
+
+#: Pack 0 is never in the index: the one that is being written.
+_SCHEMA: Final = """
+CREATE TABLE IF NOT EXISTS packs (
+    id INTEGER PRIMARY KEY, digest TEXT UNIQUE NOT NULL);
+CREATE TABLE IF NOT EXISTS blocks (
+    digest BLOB PRIMARY KEY, pack INTEGER NOT NULL, ordinal INTEGER NOT NULL
+) WITHOUT ROWID;
+CREATE TEMP TABLE fresh (
+    digest BLOB PRIMARY KEY, pack INTEGER NOT NULL, ordinal INTEGER NOT NULL
+) WITHOUT ROWID;
+"""
+_BATCH: Final = 64
+
+#: Pack (as :meth:`DedupIndex.packs` counts; negative: fresh) and ordinal.
+Place = tuple[int, int]
+
+
+class DedupIndex:
+    """Digest → place, for one repository. Use from one thread."""
+
+    def __init__(self, path: pathlib.Path) -> None:
+        """Open or make the index at `path`."""
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o750)
+        self._db = sqlite3.connect(path, timeout=60)
+        # WAL: a crash loses the last packs, never half of one.
+        self._db.executescript(
+            'PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL; '
+            'PRAGMA cache_size=-32768; PRAGMA temp_store=FILE;' + _SCHEMA)
+        self._db.commit()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._db.close()
+
+    def packs(self) -> dict[str, int]:
+        """The packs that the index covers: digest → number."""
+        return dict(self._db.execute('SELECT digest, id FROM packs'))
+
+    def update(self, wanted: Iterable[str],
+               load: Callable[[str], PackIndex]) -> None:
+        """Cover exactly the packs `wanted`, reading what is missing."""
+        known, wanted = self.packs(), set(wanted)
+        gone = [(known[digest],) for digest in known.keys() - wanted]
+        with self._db:
+            self._db.executemany('DELETE FROM blocks WHERE pack = ?', gone)
+            self._db.executemany('DELETE FROM packs WHERE id = ?', gone)
+        for digest in sorted(wanted - known.keys()):
+            self._add(digest, load(digest))
+
+    def _add(self, digest: str, index: PackIndex) -> None:
+        with self._db:
+            number = self._db.execute(
+                'INSERT INTO packs (digest) VALUES (?)', (digest,)).lastrowid
+            self._db.executemany(
+                'INSERT OR IGNORE INTO blocks VALUES (?, ?, ?)',
+                ((value.tobytes(), number, ordinal)
+                 for ordinal, value in enumerate(index.digests)))
+
+    def find(self, digests: list[bytes]) -> dict[bytes, Place]:
+        """The places of those of `digests` that are known."""
+        found: dict[bytes, Place] = {}
+        for start in range(0, len(digests), _BATCH):
+            part = digests[start:start + _BATCH]
+            marks = ','.join('?' * len(part))
+            for table in ('fresh', 'blocks'):
+                rows = self._db.execute(
+                    f'SELECT digest, pack, ordinal FROM {table} '  # noqa: S608
+                    f'WHERE digest IN ({marks})', part)
+                found.update((row[0], (row[1], row[2])) for row in rows)
+        return found
+
+    def remember(self, rows: list[tuple[bytes, int, int]]) -> None:
+        """Note blocks of the pack being written, until :meth:`forget`."""
+        self._db.executemany('INSERT OR IGNORE INTO fresh VALUES (?, ?, ?)',
+                             rows)
+
+    def forget(self) -> None:
+        """Drop what :meth:`remember` noted."""
+        self._db.execute('DELETE FROM fresh')
+        self._db.commit()

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Small files and holes, written so that a crash leaves the old or the new."""
+
+import contextlib
+import ctypes
+import errno
+import os
+import pathlib
+from collections.abc import Iterator
+from typing import Final
+
+from fastboot_common import exception
+
+_KEEP_SIZE: Final = 1
+_PUNCH_HOLE: Final = 2
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.fallocate.argtypes = [
+    ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+
+
+def sync_directory(path: pathlib.Path) -> None:
+    """Make the names in a directory durable."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_atomically(path: pathlib.Path, data: bytes) -> None:
+    """Make or replace a small file: temporary, sync, rename, sync.
+
+    :raises NoSpace: the device is full; the old file is intact.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o750)
+    temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+    try:
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o640)
+        try:
+            with open(fd, 'wb', closefd=False) as file:
+                file.write(data)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        temporary.rename(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise exception.NoSpace(f'{path}: {error.strerror}') from error
+        raise
+    sync_directory(path.parent)
+
+
+def remove(path: pathlib.Path) -> None:
+    """Remove a file durably; one that is not there is no error."""
+    with contextlib.suppress(FileNotFoundError):
+        path.unlink()
+        sync_directory(path.parent)
+
+
+def punch(fd: int, offset: int, length: int) -> None:
+    """Make a hole in a file; its size stays.
+
+    :raises OSError: the file system cannot (EOPNOTSUPP).
+    """
+    while _libc.fallocate(fd, _KEEP_SIZE | _PUNCH_HOLE, offset, length):
+        number = ctypes.get_errno()
+        if number != errno.EINTR:
+            raise OSError(number, f'punching a hole: {os.strerror(number)}')
+
+
+def data_ranges(fd: int, start: int, end: int) -> Iterator[tuple[int, int]]:
+    """Start and end (bytes) of what is not a hole between two offsets."""
+    while start < end:
+        try:
+            start = os.lseek(fd, start, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == errno.ENXIO:
+                return
+            raise
+        if start >= end:
+            return
+        stop = min(os.lseek(fd, start, os.SEEK_HOLE), end)
+        yield start, stop
+        start = stop

@@ -1,0 +1,429 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Publishing: from a raw disk to packs, a manifest and a journal entry."""
+
+import concurrent.futures
+import dataclasses
+import hashlib
+import logging
+import os
+import pathlib
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Final
+
+import numpy as np
+
+from fastboot_common import (
+    blocks,
+    dedup,
+    exception,
+    extents,
+    files,
+    journal,
+    manifest,
+    pack,
+    store,
+)
+from fastboot_common.repository import Repository
+
+LOG = logging.getLogger(__name__)
+
+#: Plain bytes that are read and hashed as one piece of work.
+_BATCH: Final = 4 * pack.FRAME
+#: Plain bytes of a pack: bounds its index, and what gc can free at once.
+_PACK: Final = 256 << 20
+#: New blocks that another publisher stored meanwhile are stored twice up to
+#: this share of ours; beyond it, publishing starts again.
+_TOLERATED_DUPLICATES: Final = 0.05
+_ATTEMPTS: Final = 4
+
+_ROOT_DTYPE: Final = np.dtype([('block', '<u8'), ('digest', 'V32')])
+
+
+@dataclasses.dataclass(frozen=True)
+class Scanned:
+    """A piece of the disk: its blocks that are not zeros."""
+
+    blocks: blocks.Blocks
+    digests: list[bytes]
+    data: list[memoryview]
+    length: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Published:
+    """What publishing did.
+
+    :ivar new_bytes: plain bytes that were new to the repository.
+    :ivar stored_bytes: bytes of the new packs.
+    """
+
+    image: journal.Image
+    created: bool
+    new_bytes: int = 0
+    stored_bytes: int = 0
+
+
+class _Repeat(Exception):
+    """Others changed the repository so that the work must be done anew."""
+
+
+class Publisher:
+    """Publishes images into one repository."""
+
+    def __init__(self, repository: Repository, cache: pathlib.Path, *,
+                 level: int = 3, boot_level: int = 9,
+                 threads: int | None = None) -> None:
+        """Open the publisher.
+
+        :param cache: directory for the index of known blocks.
+        :param level: of zstd, for all blocks but the boot set's.
+        :param boot_level: of zstd, for the blocks that every host takes.
+        :param threads: hashing and compressing; None: one a CPU.
+        """
+        self._repository = repository
+        self._target: Any = repository.store
+        self._index_path = cache / f'dedup-{repository.id}.sqlite'
+        self._level = level
+        self._boot_level = boot_level
+        self._threads = threads or len(os.sched_getaffinity(0))
+
+    def publish(self, raw: pathlib.Path, draft: manifest.Manifest, *,
+                visibility: str = 'public', owner: str = '',
+                progress: Callable[[int], None] | None = None) -> Published:
+        """Publish the disk in `raw` as an image.
+
+        :param raw: its guest-visible bytes.
+        :param draft: a manifest with everything but root, packs and extents.
+        :param progress: told the bytes done, of what is no hole in `raw`.
+        :raises Exists: the id is registered with other content.
+        :raises NoSpace: the store is full; nothing was registered.
+        """
+        journal.validate_image_id(draft.image_id)
+        index = dedup.DedupIndex(self._index_path)
+        try:
+            with concurrent.futures.ThreadPoolExecutor(self._threads) as pool:
+                for _ in range(_ATTEMPTS):
+                    work = _Work(self, index, pool, raw, draft, progress)
+                    try:
+                        return work.run(visibility, owner)
+                    except _Repeat as reason:
+                        LOG.info('image %s: publishing again: %s',
+                                 draft.image_id, reason)
+                        progress = None
+                    finally:
+                        work.clean()
+        finally:
+            index.close()
+        raise exception.Busy(f'image {draft.image_id}: others kept changing '
+                             f'the repository; repeat later')
+
+
+class _Work:
+    """One attempt at publishing one image."""
+
+    def __init__(self, publisher: Publisher, index: dedup.DedupIndex,
+                 pool: concurrent.futures.Executor, raw: pathlib.Path,
+                 draft: manifest.Manifest,
+                 progress: Callable[[int], None] | None) -> None:
+        self._repository = publisher._repository
+        self._target = publisher._target
+        self._levels = (publisher._boot_level, publisher._level)
+        self._window = 2 * publisher._threads
+        self._index = index
+        self._pool = pool
+        self._raw = raw
+        self._draft = draft
+        self._progress = progress or (lambda count: None)
+        self._writers: list[pack.PackWriter] = []
+        self._refs: list[pack.PackRef] = []
+        self._parts: list[extents.Extents] = []
+        self._boot_digests: list[tuple[int, bytes]] = []
+        self._root = hashlib.sha256()
+
+    def run(self, visibility: str, owner: str) -> Published:
+        draft = self._draft
+        state = self._repository.state()
+        self._catch_up(state)
+        self._read_disk()
+        self._refs = [writer.finish() for writer in self._writers]
+        draft.root = self._root.hexdigest()
+        self._draft.extents, self._draft.packs = self._map(state)
+        data = draft.pack()
+        digest = hashlib.sha256(data).hexdigest()
+        image = {
+            'image_id': draft.image_id, 'name': draft.name,
+            'manifest': digest, 'manifest_size': len(data),
+            'virtual_size': draft.virtual_size, 'visibility': visibility,
+            'owner': owner, 'os_hash': draft.os_hash,
+        }
+        created = False
+
+        def build(now: journal.State) -> dict[str, Any] | None:
+            nonlocal created
+            created = False
+            if self._registered(now):
+                return None
+            self._check_against(now)
+            self._store(digest, data)
+            created = True
+            return {'image': image, 'packs': [
+                {'digest': ref.digest, 'size': ref.size}
+                for ref in self._refs]}
+
+        after = self._repository.append('register', build)
+        return Published(
+            after.images[draft.image_id], created,
+            sum(ref.blocks for ref in self._refs) * draft.block_size,
+            sum(ref.size for ref in self._refs))
+
+    def clean(self) -> None:
+        """Remove what did not get into the store."""
+        self._index.forget()
+        for writer in self._writers:
+            writer.abandon()
+
+    # What others did
+
+    def _catch_up(self, state: journal.State) -> None:
+        self._index.update(state.packs, lambda digest: (
+            self._repository.pack_index(self._repository.pack_ref(
+                digest, state.packs[digest]))))
+
+    def _registered(self, state: journal.State) -> bool:
+        existing = state.images.get(self._draft.image_id)
+        if existing is None:
+            return False
+        known = self._repository.read_manifest(existing.manifest)
+        if (known.root, known.virtual_size) == (
+                self._draft.root, self._draft.virtual_size):
+            return True
+        raise exception.Exists(
+            f'image {existing.image_id} is registered with other content '
+            f'(serial {existing.serial}); remove it first')
+
+    def _check_against(self, state: journal.State) -> None:
+        ours = {ref.digest for ref in self._refs}
+        gone = {
+            ref.digest for ref in self._draft.packs
+        } - ours - state.packs.keys()
+        if gone:
+            raise _Repeat(f'{len(gone)} packs were dropped meanwhile')
+        others = state.packs.keys() - self._index.packs().keys() - ours
+        if not others:
+            return
+        self._catch_up(state)
+        self._index.forget()
+        duplicates = sum(
+            len(self._index.find([
+                value.tobytes()
+                for value in self._own_index(ref, writer).digests]))
+            for ref, writer in zip(self._refs, self._writers, strict=True))
+        total = sum(ref.blocks for ref in self._refs)
+        if duplicates > _TOLERATED_DUPLICATES * total:
+            raise _Repeat(f'{duplicates} of {total} new blocks were stored '
+                          f'by others meanwhile')
+
+    def _own_index(self, ref: pack.PackRef,
+                   writer: pack.PackWriter) -> pack.PackIndex:
+        path = writer.path
+        if not path.exists():
+            return self._repository.pack_index(ref)
+        with path.open('rb') as file:
+            return pack.PackIndex.load(
+                ref, lambda offset, length: os.pread(
+                    file.fileno(), length, offset), self._draft.block_size)
+
+    def _store(self, digest: str, data: bytes) -> None:
+        for ref, writer in zip(self._refs, self._writers, strict=True):
+            if writer.path.exists():
+                self._target.put(store.object_name('packs', ref.digest),
+                                 writer.path)
+        try:
+            self._target.create(store.object_name('manifests', digest), data)
+        except exception.Exists:
+            pass
+
+    # The disk
+
+    def _read_disk(self) -> None:
+        fd = os.open(self._raw, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            self._phase(fd, self._boot_runs(), self._levels[0],
+                        self._place_boot)
+            boot = np.sort(self._draft.boot)
+            rows = self._boot_rows()
+            emitted = 0
+
+            def place(scanned: Scanned) -> None:
+                nonlocal emitted
+                self._place(scanned)
+                if not len(scanned.blocks):
+                    return
+                upto = int(np.searchsorted(rows['block'],
+                                           scanned.blocks[-1]))
+                self._hash_rows(scanned, rows[emitted:upto])
+                emitted = upto
+
+            self._phase(fd, self._rest_runs(fd, boot), self._levels[1], place)
+            self._root.update(rows[emitted:].tobytes())
+        finally:
+            os.close(fd)
+
+    def _boot_rows(self) -> Any:
+        rows = np.array(self._boot_digests, _ROOT_DTYPE)
+        rows.sort(order='block')
+        return rows
+
+    def _hash_rows(self, scanned: Scanned, boot: Any) -> None:
+        rows = np.empty(len(scanned.blocks), _ROOT_DTYPE)
+        rows['block'] = scanned.blocks
+        rows['digest'] = np.frombuffer(b''.join(scanned.digests), 'V32')
+        if len(boot):
+            rows = np.concatenate([rows, boot])
+            rows = rows[np.argsort(rows['block'])]
+        self._root.update(rows.tobytes())
+
+    def _boot_runs(self) -> Iterator[list[tuple[int, int]]]:
+        return _batches(blocks.runs(self._draft.boot),
+                        _BATCH // self._draft.block_size)
+
+    def _rest_runs(self, fd: int, boot: blocks.Blocks,
+                   ) -> Iterator[list[tuple[int, int]]]:
+        size, block = self._draft.virtual_size, self._draft.block_size
+        limit = _BATCH // block
+        done = 0
+        for start, end in files.data_ranges(fd, 0, size):
+            first = max(start // block, done)
+            last = -(-end // block)
+            while first < last:
+                count = min(limit, last - first)
+                yield _without(first, count, boot)
+                first += count
+            done = max(done, last)
+
+    def _phase(self, fd: int, batches: Iterable[list[tuple[int, int]]],
+               level: int, place: Callable[[Scanned], None]) -> None:
+        """Scan on the pool, place in order; ends the pack it wrote."""
+        self._level = level
+        self._writer: pack.PackWriter | None = None
+        waiting: deque[concurrent.futures.Future[Scanned]] = deque()
+        try:
+            for batch in batches:
+                waiting.append(self._pool.submit(
+                    _scan, fd, batch, self._draft.block_size,
+                    self._draft.virtual_size))
+                if len(waiting) >= self._window:
+                    self._take(waiting.popleft(), place)
+            while waiting:
+                self._take(waiting.popleft(), place)
+        finally:
+            # The pool must be done with `fd` before it is closed.
+            concurrent.futures.wait(waiting)
+
+    def _take(self, future: concurrent.futures.Future[Scanned],
+              place: Callable[[Scanned], None]) -> None:
+        scanned = future.result()
+        place(scanned)
+        self._progress(scanned.length)
+
+    def _place_boot(self, scanned: Scanned) -> None:
+        self._place(scanned)
+        self._boot_digests.extend(
+            zip(scanned.blocks.tolist(), scanned.digests, strict=True))
+
+    def _place(self, scanned: Scanned) -> None:
+        """Find each block's place, storing those that have none."""
+        if not scanned.digests:
+            return
+        places = self._index.find(scanned.digests)
+        fresh = []
+        for digest, data in zip(scanned.digests, scanned.data, strict=True):
+            if digest not in places:
+                writer = self._open_writer()
+                place = (-len(self._writers), writer.add(digest, data))
+                places[digest] = place
+                fresh.append((digest, *place))
+        self._index.remember(fresh)
+        where = np.array([places[digest] for digest in scanned.digests],
+                         np.int64)
+        # The pack numbers become positions in the manifest later.
+        self._parts.append(extents.merge(
+            scanned.blocks, where[:, 0] & 0xFFFFFFFF, where[:, 1]))
+
+    def _open_writer(self) -> pack.PackWriter:
+        full = _PACK // self._draft.block_size
+        if self._writer is None or self._writer.blocks >= full:
+            self._writer = pack.PackWriter(
+                self._target.scratch(), self._draft.block_size, self._level,
+                self._pool, ahead=self._window)
+            self._writers.append(self._writer)
+        return self._writer
+
+    def _map(self, state: journal.State,
+             ) -> tuple[extents.Extents, list[pack.PackRef]]:
+        """Extents with positions in the list of packs that they use."""
+        whole = extents.concatenate(self._parts)
+        names = {number: digest
+                 for digest, number in self._index.packs().items()}
+        refs = []
+        positions = np.zeros(len(whole), np.uint32)
+        for position, number in enumerate(np.unique(whole['pack']).tolist()):
+            positions[whole['pack'] == number] = position
+            if number in names:
+                digest = names[number]
+                refs.append(self._repository.pack_ref(
+                    digest, state.packs[digest]))
+            else:
+                refs.append(self._refs[(1 << 32) - number - 1])
+        whole['pack'] = positions
+        return whole, refs
+
+
+def _batches(found: list[tuple[int, int]], limit: int,
+             ) -> Iterator[list[tuple[int, int]]]:
+    """Runs, cut and gathered into lists of `limit` blocks."""
+    batch: list[tuple[int, int]] = []
+    room = limit
+    for first, count in found:
+        while count:
+            part = min(count, room)
+            batch.append((first, part))
+            first, count, room = first + part, count - part, room - part
+            if not room:
+                yield batch
+                batch, room = [], limit
+    if batch:
+        yield batch
+
+
+def _without(first: int, count: int,
+             excluded: blocks.Blocks) -> list[tuple[int, int]]:
+    """The runs of a range that are not in `excluded` (sorted)."""
+    low, high = np.searchsorted(excluded, (first, first + count))
+    if low == high:
+        return [(first, count)]
+    numbers = np.arange(first, first + count)
+    return blocks.runs(np.setdiff1d(numbers, excluded[low:high], True))
+
+
+def _scan(fd: int, batch: list[tuple[int, int]], block_size: int,
+          virtual_size: int) -> Scanned:
+    """Read and hash runs of blocks (on a thread of the pool)."""
+    numbers, digests, data = [], [], []
+    for first, count in batch:
+        start = first * block_size
+        # Behind the end of the disk lie zeros, whatever the file has there.
+        inside = min(count * block_size, virtual_size - start)
+        buffer = blocks.read_exactly(fd, inside, start)
+        buffer.extend(bytes(count * block_size - inside))
+        view = memoryview(buffer)
+        which = blocks.nonzero(view, block_size)
+        digests += blocks.digests(view, block_size, which)
+        found = np.flatnonzero(which)
+        numbers.append(first + found)
+        data += [view[at:at + block_size]
+                 for at in (found * block_size).tolist()]
+    return Scanned(np.concatenate(numbers) if numbers
+                   else np.empty(0, np.int64), digests, data,
+                   sum(count for _, count in batch) * block_size)

@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The repository: reading its state, appending to its journal."""
+
+import collections
+import hashlib
+import json
+import uuid
+from collections.abc import Callable
+from typing import Any, Final
+
+from fastboot_common import blocks, exception, journal, manifest, pack, store
+
+FORMAT: Final = 'fastboot-repository'
+VERSION: Final = 1
+#: Lost races before a publisher gives up; each means that another got on.
+_ATTEMPTS: Final = 100
+#: Entries between checkpoints: what a new reader has to fold at most.
+_CHECKPOINT_EVERY: Final = 128
+_MANIFESTS_CACHED: Final = 4
+
+
+def init(target: store.WriteStore, block_size: int) -> None:
+    """Make an empty repository.
+
+    :param block_size: bytes.
+    :raises Exists: there is one.
+    :raises Invalid: no repository can have such blocks.
+    """
+    blocks.validate_block_size(block_size)
+    target.create('config.json', journal.canonical({
+        'format': FORMAT, 'version': VERSION, 'id': str(uuid.uuid4()),
+        'block_size': block_size,
+    }))
+
+
+class Repository:
+    """A repository in a store. Use from one thread at a time."""
+
+    def __init__(self, source: store.ReadStore,
+                 state: journal.State | None = None) -> None:
+        """Open it.
+
+        :param state: what is known already; only later entries are read.
+        :raises NotFound: there is no repository.
+        :raises Corrupt: its configuration is damaged.
+        :raises UnknownVersion: it is of a newer format.
+        """
+        self.store = source
+        self.id, self.block_size = read_config(source.get('config.json'))
+        self._state = state or journal.State()
+        self._manifests: collections.OrderedDict[
+            str, manifest.Manifest] = collections.OrderedDict()
+
+    def state(self) -> journal.State:
+        """The newest state, read from the store.
+
+        :raises Corrupt: an entry is missing, damaged, or does not follow.
+        """
+        hint = self._hint()
+        if self._state.version == 0 and hint:
+            self._state = self._from_checkpoint(hint)
+        while True:
+            number = self._state.version + 1
+            try:
+                data = self.store.get(store.entry_name(number),
+                                      journal.ENTRY_LIMIT)
+            except exception.NotFound:
+                break
+            self._state = journal.apply(self._state, data)
+        if self._state.version < hint:
+            raise exception.Corrupt(
+                f'journal entry {self._state.version + 1} is missing, though '
+                f'the repository had version {hint}: journal gap')
+        return self._state
+
+    def _hint(self) -> int:
+        try:
+            number = json.loads(self.store.get('head.json', 4096))['version']
+            return number if isinstance(number, int) and number > 0 else 0
+        except exception.NotFound:
+            return 0
+        except (ValueError, KeyError, TypeError) as error:
+            raise exception.Corrupt(f'head.json: {error!r}') from error
+
+    def _from_checkpoint(self, hint: int) -> journal.State:
+        try:
+            newest = journal.parse(
+                self.store.get(store.entry_name(hint), journal.ENTRY_LIMIT),
+                hint)
+        except exception.NotFound:
+            return journal.State()
+        number = newest['checkpoint']
+        if number == 0:
+            return journal.State()
+        entry = self.store.get(store.entry_name(number), journal.ENTRY_LIMIT)
+        digest = str(journal.parse(entry, number).get('state'))
+        data = self.store.get(store.object_name('states', digest))
+        if hashlib.sha256(data).hexdigest() != digest:
+            raise exception.Corrupt(f'states/{digest}: digest does not match')
+        state = journal.State.from_json(data, f'states/{digest}')
+        if state.version != number - 1:
+            raise exception.Corrupt(f'checkpoint {number}: its state is of '
+                                    f'version {state.version}')
+        return journal.apply(state, entry)
+
+    def image(self, image_id: str) -> journal.Image:
+        """The registered image with this id, or with this name if one only.
+
+        :raises NotFound: there is none.
+        :raises Invalid: several have that name.
+        """
+        return journal.find(self.state(), image_id)
+
+    def read_manifest(self, digest: str) -> manifest.Manifest:
+        """The manifest with this digest, checked; a few stay in memory.
+
+        :raises NotFound: it is not there.
+        :raises Corrupt: it is damaged.
+        """
+        if digest not in self._manifests:
+            found = manifest.Manifest.unpack(
+                self.store.get(store.object_name('manifests', digest),
+                               manifest.LIMIT), digest)
+            if found.block_size != self.block_size:
+                raise exception.Corrupt(
+                    f'manifest {digest}: blocks of {found.block_size} bytes, '
+                    f'the repository has {self.block_size}')
+            self._manifests[digest] = found
+            if len(self._manifests) > _MANIFESTS_CACHED:
+                self._manifests.popitem(last=False)
+        return self._manifests[digest]
+
+    def pack_read(self, digest: str) -> pack.Read:
+        """A function that reads parts of a pack from the store."""
+        name = store.object_name('packs', digest)
+        return lambda offset, length: self.store.read(name, offset, length)
+
+    def pack_ref(self, digest: str, size: int) -> pack.PackRef:
+        """The reference to a pack that the journal names.
+
+        :param size: its bytes, as the journal says.
+        :raises Corrupt: it is damaged.
+        """
+        ref, block_size = pack.read_ref(digest, size, self.pack_read(digest))
+        if block_size != self.block_size:
+            raise exception.Corrupt(f'pack {digest}: wrong block size')
+        return ref
+
+    def pack_index(self, ref: pack.PackRef) -> pack.PackIndex:
+        """The index of a pack, checked."""
+        return pack.PackIndex.load(ref, self.pack_read(ref.digest),
+                                   self.block_size)
+
+    def append(self, kind: str,
+               build: Callable[[journal.State], dict[str, Any] | None],
+               ) -> journal.State:
+        """Add an entry, whoever else is adding.
+
+        :param build: gives the entry's members for a state; called again
+            when another publisher was first; None: there is nothing to add.
+        :returns: the state after it.
+        :raises Busy: a hundred races were lost in a row.
+        """
+        target: Any = self.store
+        for _ in range(_ATTEMPTS):
+            state = self.state()
+            body = build(state)
+            if body is None:
+                return state
+            data = journal.make(state, kind, body)
+            after = journal.apply(state, data)
+            try:
+                target.create(store.entry_name(after.version), data)
+            except exception.Exists:
+                continue
+            self._state = after
+            target.replace('head.json', journal.canonical(
+                {'version': after.version}))
+            if after.version - after.checkpoint >= _CHECKPOINT_EVERY:
+                return self.checkpoint()
+            return after
+        raise exception.Busy(
+            f'{_ATTEMPTS} other publishers were first; repeat later')
+
+    def checkpoint(self) -> journal.State:
+        """Add a checkpoint, so that new readers need not fold it all."""
+        return self.append('checkpoint', self._store_state)
+
+    def _store_state(self, state: journal.State) -> dict[str, Any] | None:
+        if state.version == state.checkpoint:
+            return None
+        data = state.to_json()
+        digest = hashlib.sha256(data).hexdigest()
+        target: Any = self.store
+        try:
+            target.create(store.object_name('states', digest), data)
+        except exception.Exists:
+            pass
+        return {'state': digest}
+
+    def remove(self, image_id: str) -> journal.State:
+        """Deregister an image. Its blocks stay until ``gc``.
+
+        :raises NotFound: it is not registered.
+        """
+        def build(state: journal.State) -> dict[str, Any]:
+            if image_id not in state.images:
+                raise exception.NotFound(
+                    f'image {image_id} is not registered')
+            return {'image_id': image_id}
+
+        return self.append('deregister', build)
+
+
+def read_config(data: bytes) -> tuple[str, int]:
+    """Id and block size (bytes) from ``config.json``.
+
+    :raises Corrupt: it is damaged.
+    :raises UnknownVersion: it is of a newer format.
+    """
+    try:
+        config = json.loads(data)
+        if config['format'] != FORMAT:
+            raise ValueError(f'format {config["format"]!r}')
+        if config['version'] != VERSION:
+            raise exception.UnknownVersion(
+                f'repository of version {config["version"]!r}')
+        return (str(uuid.UUID(config['id'])),
+                blocks.validate_block_size(config['block_size']))
+    except (ValueError, KeyError, TypeError, AttributeError,
+            exception.Invalid) as error:
+        raise exception.Corrupt(f'config.json: {error}') from error
