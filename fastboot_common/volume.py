@@ -1,0 +1,757 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The volume: one sparse file that QEMU reads as many qcow2 images.
+
+See reference/volume for the format, the order of writes and why. One process
+writes; anyone may read.
+"""
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import pathlib
+import shutil
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from fastboot_common import (
+    blockindex,
+    blocks,
+    exception,
+    files,
+    journal,
+    qcow2,
+    slot,
+)
+
+LOG = logging.getLogger(__name__)
+
+DEFAULT_SIZE: Final = 8 << 40
+#: What a libvirt or qemu-img that probes the file reports.
+POISON: Final = '/nonexistent/fastboot-volume-must-be-opened-through-a-slot'
+#: L2 tables that are built in memory at once when a slot is made.
+_TABLES_AT_ONCE: Final = 512
+#: What `check` lists of one image at most.
+_PROBLEMS: Final = 100
+
+Offsets = npt.NDArray[np.int64]
+
+
+@dataclasses.dataclass(frozen=True)
+class Image:
+    """An image in a volume: the content of ``images/<image id>``."""
+
+    image_id: str
+    serial: int
+    manifest: str
+    virtual_size: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Blocks to put into a volume that come out of one frame.
+
+    :ivar numbers: the image's blocks, each once.
+    :ivar digests: their digests.
+    :ivar positions: where each lies in what `load` gives (in blocks).
+    :ivar load: gives the plain, verified bytes; called on a pool.
+    """
+
+    numbers: blocks.Blocks
+    digests: list[bytes]
+    positions: blocks.Blocks
+    load: Callable[[], bytes]
+
+
+#: Gives blocks and digests of an image, for rebuilding the index.
+Resolve = Callable[[Image, blocks.Blocks], Iterable[bytes]]
+
+
+class Volume:
+    """One volume. Methods may be called from several threads."""
+
+    def __init__(self, path: pathlib.Path, block_size: int, *,
+                 backing: Callable[[str], str], resolve: Resolve,
+                 size: int = DEFAULT_SIZE, writable: bool = True) -> None:
+        """Open the volume in directory `path`, made if it is not there.
+
+        :param backing: the backing string of an incomplete image's slot.
+        :param resolve: gives digests of blocks, should the index be lost.
+        :param size: apparent size (bytes) of a volume that is made.
+        :param writable: become the writer.
+        :raises Busy: another process is the writer.
+        :raises Corrupt: the file is no volume.
+        :raises Invalid: its cluster size is another.
+        """
+        self.path = path
+        self.file = path / 'volume'
+        self.block_size = block_size
+        self._backing = backing
+        self._resolve = resolve
+        self._mutex = threading.RLock()
+        self._slots: dict[str, slot.Slot] = {}
+        self._index: blockindex.BlockIndex
+        #: Where the next cluster comes from, and where that run ends.
+        self._gap = self._cursor = slot.DATA
+        self._limit = size
+        #: Behind the last cluster ever given out.
+        self._end = slot.DATA
+        #: Runs that the operation under way had from other gaps.
+        self._given: list[tuple[int, int]] = []
+        with contextlib.ExitStack() as stack:
+            if writable:
+                self._lock_fd = _lock(path)
+                stack.callback(os.close, self._lock_fd)
+                if not self.file.exists():
+                    _make(self.file, block_size, size)
+            self._fd = _open(self.file, writable)
+            stack.callback(os.close, self._fd)
+            self._check_poison()
+            self.size = os.fstat(self._fd).st_size
+            if writable:
+                self._open_index()
+                stack.callback(self._index.close)
+            self._resources = stack.pop_all()
+
+    def close(self) -> None:
+        """Close the files and give the lock back."""
+        self._resources.close()
+
+    def __enter__(self) -> 'Volume':
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _check_poison(self) -> None:
+        header = qcow2.Header.unpack(
+            os.pread(self._fd, qcow2.HEADER_LIMIT, 0))
+        if header.backing != POISON:
+            raise exception.Corrupt(f'{self.file}: not a volume')
+        if 1 << header.cluster_bits != self.block_size:
+            raise exception.Invalid(
+                f'{self.file} has clusters of {1 << header.cluster_bits} '
+                f'bytes, the repository blocks of {self.block_size}')
+
+    # What is there
+
+    def images(self) -> dict[str, Image]:
+        """The images that have a slot, or are about to."""
+        found = {}
+        directory = self.path / 'images'
+        for path in sorted(directory.iterdir()) if directory.exists() else ():
+            if not path.name.startswith('.'):
+                found[path.name] = _read_image(path)
+        return found
+
+    def image(self, image_id: str) -> Image | None:
+        """The description of one image; None: it has no slot."""
+        path = self.path / 'images' / journal.validate_image_id(image_id)
+        try:
+            return _read_image(path)
+        except exception.NotFound:
+            return None
+
+    def slot_of(self, image_id: str) -> slot.Slot:
+        """The slot of an image.
+
+        :raises NotFound: it has none.
+        """
+        with self._mutex:
+            if image_id not in self._slots:
+                image = self.image(image_id)
+                if image is None:
+                    raise exception.NotFound(
+                        f'image {image_id} is not in {self.path}')
+                self._slots[image_id] = slot.Slot(self._fd, image.serial)
+            return self._slots[image_id]
+
+    def is_complete(self, image_id: str) -> bool:
+        """Whether the image needs nothing from elsewhere."""
+        return self.complete_name(image_id).exists()
+
+    def complete_name(self, image_id: str) -> pathlib.Path:
+        """The hard link that exists while the image is complete."""
+        return (self.path / 'complete'
+                / journal.validate_image_id(image_id))
+
+    def disk_used(self) -> int:
+        """Bytes of the device that the volume takes."""
+        return os.fstat(self._fd).st_blocks * 512
+
+    # Slots
+
+    def make_slot(self, image: Image,
+                  pieces: Iterable[blocks.Blocks]) -> slot.Slot:
+        """Give an image a slot in which no data is present yet.
+
+        :param pieces: the image's blocks that are not zeros, ascending.
+        :raises NoSpace: the volume or its device is full.
+        :raises Invalid: another serial of the image has a slot.
+        """
+        with self._mutex:
+            known = self.image(image.image_id)
+            if known and known.serial != image.serial:
+                raise exception.Invalid(
+                    f'image {image.image_id} has the slot of serial '
+                    f'{known.serial}, not {image.serial}')
+            if known:
+                with contextlib.suppress(exception.NotFound):
+                    return self.slot_of(image.image_id)
+            with self._operation():
+                files.write_atomically(
+                    self.path / 'images' / image.image_id,
+                    journal.canonical(dataclasses.asdict(image)))
+                self._write_slot(image, pieces)
+            return self.slot_of(image.image_id)
+
+    def _write_slot(self, image: Image,
+                    pieces: Iterable[blocks.Blocks]) -> None:
+        cluster = self.block_size
+        start = image.serial * slot.SLOT
+        count = qcow2.l1_entries(image.virtual_size, cluster)
+        l1 = np.full(count, slot.ZERO_TABLE - start, np.uint64)
+        for which, tables in _tables(pieces, cluster // 8):
+            offset = self._allocate(tables.nbytes)
+            blocks.write_exactly(self._fd, tables.tobytes(), offset)
+            l1[which] = offset - start + np.arange(len(which)) * cluster
+        l1_offset = self._allocate(max(count * 8, 1))
+        blocks.write_exactly(
+            self._fd, (l1 | np.uint64(qcow2.COPIED)).astype('>u8').tobytes(),
+            l1_offset)
+        os.fdatasync(self._fd)
+        self._index.add([], self._end)
+        header = qcow2.Header(
+            image.virtual_size, cluster.bit_length() - 1, l1_offset - start,
+            count, slot.REFCOUNTS - start, self._backing(image.image_id))
+        os.pwrite(self._fd, header.pack(), start)
+        os.fdatasync(self._fd)
+
+    def describe(self, image: Image) -> None:
+        """Replace an image's description (a repacked manifest)."""
+        files.write_atomically(self.path / 'images' / image.image_id,
+                               journal.canonical(dataclasses.asdict(image)))
+
+    # Filling
+
+    def fill(self, image_id: str, batches: list[Batch],
+             pool: concurrent.futures.Executor) -> int:
+        """Put blocks of an image into the volume; those there are skipped.
+
+        New data lies in the order of `batches`. Nothing is named by the
+        tables before it was synced.
+
+        :returns: bytes written (blocks that other images brought are not).
+        :raises NoSpace: volume or device are full.
+        :raises Corrupt: a frame is damaged; nothing of `batches` counts.
+        """
+        with self._mutex, self._operation():
+            target = self.slot_of(image_id)
+            numbers, offsets, fresh, jobs = self._plan(target, batches)
+            if not len(numbers):
+                return 0
+            self._write_all(jobs, pool)
+            self._index.add(fresh, self._end)
+            order = np.argsort(numbers)
+            target.set(numbers[order], offsets[order])
+            os.fdatasync(self._fd)
+            return len(fresh) * self.block_size
+
+    def _plan(self, target: slot.Slot, batches: list[Batch]) -> tuple[
+            blocks.Blocks, Offsets, list[tuple[bytes, int]],
+            list[tuple[Batch, blocks.Blocks, Offsets]]]:
+        """Where each missing block goes, and which must be written."""
+        places = self._index.find(
+            [digest for batch in batches for digest in batch.digests])
+        count = len({digest for batch in batches for digest in batch.digests
+                     if digest not in places})
+        # One run for all: a boot set is then read sequentially (YOLO).
+        cursor = self._allocate(count * self.block_size) if count else 0
+        numbers, offsets, fresh, jobs = [], [], [], []
+        for batch in batches:
+            missing = np.flatnonzero(target.entries(batch.numbers) == 0)
+            write, where = [], []
+            for position in missing.tolist():
+                digest = batch.digests[position]
+                if digest not in places:
+                    places[digest] = cursor
+                    fresh.append((digest, cursor))
+                    write.append(int(batch.positions[position]))
+                    where.append(cursor)
+                    cursor += self.block_size
+                offsets.append(places[digest])
+            numbers.append(batch.numbers[missing])
+            if write:
+                jobs.append((batch, np.array(write), np.array(where)))
+        return (np.concatenate(numbers) if numbers else np.empty(0, np.int64),
+                np.array(offsets, np.int64), fresh, jobs)
+
+    def _write_all(self, jobs: list[tuple[Batch, blocks.Blocks, Offsets]],
+                   pool: concurrent.futures.Executor) -> None:
+        running = [pool.submit(self._write, *job) for job in jobs]
+        concurrent.futures.wait(running)
+        try:
+            for future in running:
+                future.result()
+        except exception.FastbootError:
+            # Nothing names what was written: give it back, and go on.
+            for _batch, _positions, offsets in jobs:
+                for start, end in _spans(offsets, self.block_size):
+                    files.punch(self._fd, start, end - start)
+            self._index.busy = False
+            raise
+        if running:
+            os.fdatasync(self._fd)
+
+    def _write(self, batch: Batch, positions: blocks.Blocks,
+               offsets: Offsets) -> None:
+        plain = memoryview(batch.load())
+        size = self.block_size
+        breaks = np.flatnonzero(
+            (np.diff(positions) != 1) | (np.diff(offsets) != size)) + 1
+        for part in np.split(np.arange(len(positions)), breaks):
+            start = int(positions[part[0]]) * size
+            blocks.write_exactly(
+                self._fd, plain[start:start + len(part) * size],
+                int(offsets[part[0]]))
+
+    def read_ahead(self, image_id: str, numbers: blocks.Blocks) -> int:
+        """Ask the kernel for the clusters of some blocks.
+
+        :returns: bytes asked for.
+        """
+        target = self.slot_of(image_id)
+        entries = target.entries(np.unique(numbers))
+        offsets = np.unique(
+            target.offsets(entries[entries > qcow2.ZERO])) // self.block_size
+        for first, count in blocks.runs(offsets):
+            os.posix_fadvise(self._fd, first * self.block_size,
+                             count * self.block_size,
+                             os.POSIX_FADV_WILLNEED)
+        return len(offsets) * self.block_size
+
+    # Completeness
+
+    def complete(self, image_id: str) -> bool:
+        """Give the image its complete name, if nothing of it is missing."""
+        with self._mutex:
+            target = self.slot_of(image_id)
+            name = self.complete_name(image_id)
+            if name.exists():
+                return True
+            if target.missing():
+                return False
+            os.fdatasync(self._fd)
+            target.write_header(None)
+            os.fdatasync(self._fd)
+            name.parent.mkdir(exist_ok=True, mode=0o750)
+            os.link(self.file, name)
+            files.sync_directory(name.parent)
+            return True
+
+    def _make_incomplete(self, image_id: str) -> None:
+        files.remove(self.complete_name(image_id))
+        target = self.slot_of(image_id)
+        if target.header.backing is None:
+            target.write_header(self._backing(image_id))
+            os.fdatasync(self._fd)
+
+    # Leases and pins
+
+    def lease(self, image_id: str, holder: str) -> None:
+        """Keep an image here for `holder` (an instance's id), durably."""
+        files.write_atomically(self._holder('leases', image_id, holder),
+                               journal.canonical({'since': time.time()}))
+
+    def last_use(self, image_id: str) -> float:
+        """When a lease of the image last began or ended (seconds since the
+        epoch); 0: never."""
+        try:
+            return (self.path / 'leases' / image_id).stat().st_mtime
+        except FileNotFoundError:
+            return 0.0
+
+    def release(self, image_id: str, holder: str) -> None:
+        """End a lease; one that is not there is no error."""
+        files.remove(self._holder('leases', image_id, holder))
+
+    def leases(self, image_id: str) -> list[str]:
+        """Who holds the image."""
+        directory = (self.path / 'leases'
+                     / journal.validate_image_id(image_id))
+        if not directory.exists():
+            return []
+        return sorted(path.name for path in directory.iterdir()
+                      if not path.name.startswith('.'))
+
+    def pin(self, image_id: str) -> None:
+        """Keep an image here until :meth:`unpin`, durably."""
+        files.write_atomically(
+            self.path / 'pins' / journal.validate_image_id(image_id), b'')
+
+    def unpin(self, image_id: str) -> None:
+        """End a pin; one that is not there is no error."""
+        files.remove(
+            self.path / 'pins' / journal.validate_image_id(image_id))
+
+    def pinned(self, image_id: str) -> bool:
+        """Whether the image is pinned."""
+        return (self.path / 'pins'
+                / journal.validate_image_id(image_id)).exists()
+
+    def _holder(self, kind: str, image_id: str, holder: str) -> pathlib.Path:
+        journal.validate_image_id(image_id)
+        return self.path / kind / image_id / journal.validate_image_id(holder)
+
+    # Eviction
+
+    def evict(self, image_ids: list[str]) -> int:
+        """Remove images, and free what no other image uses.
+
+        :returns: bytes freed on the device.
+        :raises Busy: one of them is leased or pinned; nothing was removed.
+        """
+        with self._mutex:
+            for image_id in image_ids:
+                holders = self.leases(image_id)
+                if holders:
+                    raise exception.Busy(
+                        f'image {image_id} is leased by '
+                        + ', '.join(holders))
+                if self.pinned(image_id):
+                    raise exception.Busy(f'image {image_id} is pinned')
+            before = self.disk_used()
+            with self._operation():
+                for image_id in image_ids:
+                    self._remove_slot(image_id)
+                self._reclaim()
+            for image_id in image_ids:
+                files.remove(self.path / 'images' / image_id)
+            return before - self.disk_used()
+
+    def _remove_slot(self, image_id: str) -> None:
+        try:
+            target = self.slot_of(image_id)
+        except exception.NotFound:
+            return
+        self._make_incomplete(image_id)
+        tables = np.unique(target.tables) // self.block_size
+        os.pwrite(self._fd, bytes(qcow2.HEADER_LIMIT), target.start)
+        os.fdatasync(self._fd)
+        self._slots.pop(image_id)
+        # Before the data: an entry must never name a hole.
+        for first, count in blocks.runs(tables):
+            files.punch(self._fd, first * self.block_size,
+                        count * self.block_size)
+        os.fdatasync(self._fd)
+
+    def _used(self) -> tuple[Offsets, list[tuple[int, int]]]:
+        """All data clusters (sorted), and all places in use (sorted)."""
+        data, places = [np.empty(0, np.int64)], []
+        for image_id in self.images():
+            try:
+                target = self.slot_of(image_id)
+            except exception.NotFound:
+                continue
+            data.append(target.clusters())
+            start, length = target.l1_place
+            places.append((start, start + length))
+            places += _spans(target.tables, self.block_size)
+        clusters = np.unique(np.concatenate(data))
+        places += _spans(clusters, self.block_size)
+        return clusters, _united(places, self.block_size)
+
+    def _reclaim(self) -> None:
+        """Punch all that no slot uses; the index forgets it first."""
+        clusters, places = self._used()
+        self._index.keep(clusters)
+        for start, end in _gaps(places, slot.DATA, self.size):
+            for low, high in files.data_ranges(self._fd, start, end):
+                files.punch(self._fd, low, high - low)
+        os.fdatasync(self._fd)
+
+    # Space
+
+    def _allocate(self, length: int) -> int:
+        """A free run of at least `length` bytes, of whole clusters.
+
+        :raises NoSpace: the volume has none.
+        """
+        length = -(-length // self.block_size) * self.block_size
+        if self._cursor + length > self._limit:
+            self._find_gap(length)
+        offset = self._cursor
+        # Free space is a hole. Were it not, someone's data would be lost.
+        for start, end in files.data_ranges(self._fd, offset,
+                                            offset + length):
+            raise exception.Corrupt(
+                f'{self.file}: bytes {start} to {end} should be free and '
+                f'are not; run volume check')
+        self._cursor += length
+        self._end = max(self._end, self._cursor)
+        return offset
+
+    def _find_gap(self, length: int) -> None:
+        _clusters, places = self._used()
+        # What this operation got before is not in the tables yet.
+        places = _united([*places, *self._given], self.block_size)
+        for start, end in _gaps(places, slot.DATA, self.size):
+            if end - start >= length:
+                self._given.append((self._gap, self._cursor))
+                self._gap = self._cursor = start
+                self._limit = end
+                return
+        raise exception.NoSpace(f'{self.file}: no free run of {length} bytes;'
+                                f' evict images')
+
+    @contextlib.contextmanager
+    def _operation(self) -> Iterator[None]:
+        """Mark the index while tables and index may disagree.
+
+        What an operation that failed left behind is freed by the next one,
+        or when the volume is opened.
+        """
+        if self._index.busy:
+            LOG.info('%s: freeing what a failed operation left', self.path)
+            self._recover()
+        self._given = []
+        self._gap = self._cursor
+        self._index.busy = True
+        try:
+            yield
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise exception.NoSpace(f'{self.file}: {error}') from error
+            raise
+        self._index.busy = False
+
+    # Opening after a crash
+
+    def _open_index(self) -> None:
+        path = self.path / 'index.sqlite'
+        self._limit = self.size
+        try:
+            self._index = blockindex.BlockIndex(path)
+            end = self._index.end
+            busy = self._index.busy
+        except sqlite3.DatabaseError as error:
+            LOG.warning('%s is damaged (%s): rebuilding it', path, error)
+            for suffix in ('', '-wal', '-shm'):
+                path.with_name(path.name + suffix).unlink(missing_ok=True)
+            self._index = blockindex.BlockIndex(path)
+            end = None
+        if end is None:
+            self._rebuild()
+        elif busy:
+            LOG.info('%s: recovering from an interrupted operation',
+                     self.path)
+            self._end = self._cursor = end
+            self._recover()
+        else:
+            self._end = self._cursor = end
+
+    def _recover(self) -> None:
+        """Free what an interrupted operation left."""
+        self._slots.clear()
+        clusters, places = self._used()
+        self._end = max([self._end, *(end for _, end in places)])
+        self._end = -(-self._end // self.block_size) * self.block_size
+        self._cursor, self._limit = self._end, self.size
+        for image_id in self.images():
+            self._recover_image(image_id)
+        self._reclaim()
+        self._index.add([], self._end)
+        self._index.busy = False
+
+    def _recover_image(self, image_id: str) -> None:
+        try:
+            target = self.slot_of(image_id)
+        except exception.NotFound:
+            # Never had its header, or lost it to an eviction.
+            files.remove(self.complete_name(image_id))
+            files.remove(self.path / 'images' / image_id)
+            return
+        if self.is_complete(image_id) and target.missing():
+            LOG.error('image %s was called complete and is not', image_id)
+            self._make_incomplete(image_id)
+        elif target.header.backing is None and not self.is_complete(image_id):
+            self._make_incomplete(image_id)
+
+    def _rebuild(self) -> None:
+        """Make the index anew from tables and manifests."""
+        self._index.clear()
+        self._recover()
+        self._index.busy = True
+        for image in self.images().values():
+            target = self.slot_of(image.image_id)
+            for first, entries in target.chunks():
+                present = np.flatnonzero(entries > qcow2.ZERO)
+                offsets = target.offsets(entries[present])
+                self._index.add(list(zip(
+                    self._resolve(image, first + present), offsets.tolist(),
+                    strict=True)), self._end)
+        self._index.busy = False
+
+    # Checking
+
+    def check(self, image_id: str, digests: Callable[
+            [blocks.Blocks], list[bytes]], data_blocks: Iterable[
+            blocks.Blocks], pool: concurrent.futures.Executor,
+            ) -> tuple[int, list[str]]:
+        """Prove what is here of an image against its manifest.
+
+        :param digests: gives the digests of blocks.
+        :param data_blocks: all blocks that are not zeros, ascending.
+        :returns: blocks proven, and what is wrong, in words.
+        """
+        target = self.slot_of(image_id)
+        problems: list[str] = []
+        proven = seen = missing = 0
+        for numbers in data_blocks:
+            entries = target.entries(numbers)
+            for number in numbers[entries == qcow2.ZERO].tolist():
+                problems.append(f'block {number} should have data')
+            present = entries > qcow2.ZERO
+            seen += len(numbers)
+            missing += int((entries == 0).sum())
+            wanted = digests(numbers[present])
+            found = pool.map(self._digest,
+                             target.offsets(entries[present]).tolist())
+            for number, want, got in zip(numbers[present].tolist(), wanted,
+                                         found, strict=True):
+                if want != got:
+                    problems.append(f'block {number} has other content')
+                proven += 1
+        if target.present() + target.missing() != seen:
+            problems.append('the tables have data where there are zeros')
+        complete = self.complete_name(image_id)
+        if complete.exists():
+            if missing:
+                problems.append(f'is called complete; {missing} blocks lack')
+            if not complete.samefile(self.file):
+                problems.append('its complete name is another file')
+        return proven, problems[:_PROBLEMS]
+
+    def _digest(self, offset: int) -> bytes:
+        return hashlib.sha256(
+            blocks.read_exactly(self._fd, self.block_size, offset)).digest()
+
+
+def remove(path: pathlib.Path) -> None:
+    """Delete a whole volume (a project's, when its last image is gone)."""
+    shutil.rmtree(path)
+
+
+def _lock(path: pathlib.Path) -> int:
+    path.mkdir(parents=True, exist_ok=True, mode=0o750)
+    fd = os.open(path / 'lock', os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        raise exception.Busy(
+            f'{path} is being written by another process') from None
+    return fd
+
+
+def _open(file: pathlib.Path, writable: bool) -> int:
+    try:
+        return os.open(file, (os.O_RDWR if writable else os.O_RDONLY)
+                       | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise exception.NotFound(f'{file} is not there') from None
+
+
+def _make(file: pathlib.Path, block_size: int, size: int) -> None:
+    """Make the file with the poison and the two shared tables."""
+    temporary = file.with_name('.volume.tmp')
+    fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o640)
+    try:
+        os.ftruncate(fd, size)
+        table = np.full(block_size // 8, qcow2.ZERO, '>u8').tobytes()
+        blocks.write_exactly(fd, table, slot.ZERO_TABLE)
+        # Valid, so that what probes it goes on to the backing file.
+        poison = qcow2.Header(
+            1 << 20, block_size.bit_length() - 1, slot.REFCOUNTS,
+            qcow2.l1_entries(1 << 20, block_size), slot.REFCOUNTS, POISON)
+        blocks.write_exactly(fd, poison.pack(), 0)
+        os.fsync(fd)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        if error.errno == errno.EFBIG:
+            raise exception.Invalid(
+                f'{file.parent}: its file system has no sparse files of '
+                f'{size >> 40} TiB; lower [host] volume_size') from error
+        raise
+    finally:
+        os.close(fd)
+    temporary.rename(file)
+    files.sync_directory(file.parent)
+
+
+def _read_image(path: pathlib.Path) -> Image:
+    try:
+        raw: dict[str, Any] = json.loads(path.read_bytes())
+        return Image(str(raw['image_id']), int(raw['serial']),
+                     str(raw['manifest']), int(raw['virtual_size']))
+    except FileNotFoundError:
+        raise exception.NotFound(f'{path} is not there') from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise exception.Corrupt(f'{path}: {error!r}') from error
+
+
+def _tables(pieces: Iterable[blocks.Blocks], per_table: int,
+            ) -> Iterator[tuple[blocks.Blocks, npt.NDArray[Any]]]:
+    """The L2 tables of all pieces; a table is never split over two."""
+    rest = np.empty(0, np.int64)
+    for piece in pieces:
+        rest = np.concatenate([rest, piece])
+        if len(rest) > _TABLES_AT_ONCE * per_table:
+            last = rest[-1] // per_table * per_table
+            cut = int(np.searchsorted(rest, last))
+            if cut:
+                yield slot.table_array(rest[:cut], per_table)
+                rest = rest[cut:]
+    if len(rest):
+        yield slot.table_array(rest, per_table)
+
+
+def _spans(offsets: Offsets, length: int) -> list[tuple[int, int]]:
+    """Start and end of the runs that clusters (sorted or not) make."""
+    return [(first * length, (first + count) * length)
+            for first, count in blocks.runs(np.unique(offsets) // length)]
+
+
+def _united(places: list[tuple[int, int]],
+            cluster: int) -> list[tuple[int, int]]:
+    """Sorted, whole clusters, and what touches made one."""
+    result: list[tuple[int, int]] = []
+    for start, end in sorted(places):
+        end = -(-end // cluster) * cluster
+        if result and start <= result[-1][1]:
+            result[-1] = (result[-1][0], max(end, result[-1][1]))
+        else:
+            result.append((start, end))
+    return result
+
+
+def _gaps(places: list[tuple[int, int]], start: int,
+          end: int) -> Iterator[tuple[int, int]]:
+    """What lies between sorted places."""
+    for low, high in places:
+        if low > start:
+            yield start, low
+        start = max(start, high)
+    if start < end:
+        yield start, end

@@ -1,0 +1,411 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One compute host's images: from the mirror into the volumes, and out.
+
+What the agent serves and ``fastbootctl`` does by hand: sync, acquire, ensure
+(a guest's miss), hydrate, evict, check.
+"""
+
+import concurrent.futures
+import dataclasses
+import functools
+import logging
+import os
+import pathlib
+import threading
+from collections.abc import Callable, Iterable, Iterator
+
+import numpy as np
+
+from fastboot_common import (
+    blocks,
+    chain,
+    exception,
+    extents,
+    journal,
+    manifest,
+    store,
+    volume,
+)
+from fastboot_nova import mirror
+
+LOG = logging.getLogger(__name__)
+
+#: Frames that hydration puts into a volume with one sync.
+_FRAMES_AT_ONCE = 32
+#: Blocks whose digests are looked up at once, to bound memory.
+_PIECE = 1 << 16
+#: Hydrates of a cancelled thread end after the frames under way.
+Cancelled = Callable[[], bool]
+
+
+@dataclasses.dataclass(frozen=True)
+class Status:
+    """An image on this host (sizes in bytes).
+
+    :ivar state: ``absent``, ``ready`` (its boot set can be thawed),
+        ``thawed`` (a slot with data) or ``complete``.
+    :ivar progress: share of the image's data that is in the volume.
+    """
+
+    image_id: str
+    name: str
+    serial: int
+    domain: str
+    state: str
+    progress: float
+    leases: int
+    pinned: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Synced:
+    """What a sync did (bytes)."""
+
+    version: int
+    images: int
+    fetched: int
+    freed: int
+
+
+class Host:
+    """The images of one host. Methods may be called from several threads."""
+
+    def __init__(self, path: pathlib.Path, source: store.ReadStore, *,
+                 socket: pathlib.Path, threads: int | None = None,
+                 volume_size: int = volume.DEFAULT_SIZE) -> None:
+        """Open the host's state in directory `path`.
+
+        :param source: the repository's store.
+        :param socket: where guests reach the export (the shield).
+        :param threads: for decompressing; None: one a CPU.
+        :param volume_size: apparent size of new volumes (bytes).
+        :raises Unavailable: the first sync never happened, and the source is
+            out of reach.
+        """
+        self.path = path
+        self.mirror = mirror.Mirror(path / 'mirror', source)
+        self._socket = socket
+        self._volume_size = volume_size
+        self._volumes: dict[str, volume.Volume] = {}
+        self._mutex = threading.RLock()
+        self._pool = concurrent.futures.ThreadPoolExecutor(
+            threads or len(os.sched_getaffinity(0)), 'frames')
+
+    def close(self) -> None:
+        """Close all volumes."""
+        self._pool.shutdown()
+        for one in self._volumes.values():
+            one.close()
+
+    def __enter__(self) -> 'Host':
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # Finding things
+
+    def image(self, image_id: str) -> journal.Image:
+        """A registered image, by id or by a name that only one has.
+
+        :raises NotFound: there is none.
+        """
+        return journal.find(self.mirror.state, image_id)
+
+    def open_volume(self, domain: str) -> volume.Volume:
+        """The volume of a visibility domain, opened for writing."""
+        with self._mutex:
+            if domain not in self._volumes:
+                self._volumes[domain] = volume.Volume(
+                    self.path / 'volumes' / domain, self.mirror.block_size,
+                    backing=lambda image_id: chain.nbd(
+                        image_id, self._socket),
+                    resolve=self._digests, size=self._volume_size)
+            return self._volumes[domain]
+
+    def volumes(self) -> Iterator[volume.Volume]:
+        """All volumes of this host."""
+        directory = self.path / 'volumes'
+        for path in sorted(directory.glob('*/volume')):
+            yield self.open_volume(path.parent.name)
+
+    def find(self, image_id: str) -> tuple[volume.Volume, volume.Image]:
+        """The volume that has a slot of the image, registered or not.
+
+        :raises NotFound: none has.
+        """
+        for one in self.volumes():
+            found = one.image(image_id)
+            if found:
+                return one, found
+        raise exception.NotFound(f'image {image_id} has no slot here; '
+                                 f'acquire it first')
+
+    def _digests(self, image: volume.Image,
+                 numbers: blocks.Blocks) -> list[bytes]:
+        found = self.mirror.read_manifest(image.manifest)
+        _numbers, packs, ordinals = extents.locate(found.extents, numbers)
+        indexes = [self.mirror.index(ref) for ref in found.packs]
+        return [indexes[at].digests[ordinal].tobytes() for at, ordinal
+                in zip(packs.tolist(), ordinals.tolist(), strict=True)]
+
+    # Following the repository
+
+    def sync(self, images: Iterable[str] | None = None,
+             progress: Callable[[str, int], None] | None = None) -> Synced:
+        """Bring the boot sets of all images here; drop what is gone.
+
+        Safe to interrupt; a repeat goes on.
+
+        :param images: ids; None: all.
+        :param progress: told an image's name and bytes as they come.
+        """
+        state = self.mirror.refresh()
+        wanted = [state.images[one] for one in images] if images \
+            else list(state.images.values())
+        fetched = 0
+        for image in sorted(wanted, key=lambda one: one.serial):
+            tell = functools.partial(
+                progress, image.name or image.image_id) if progress else None
+            fetched += self.mirror.pull(image, tell)
+        freed = self._drop_gone(state)
+        return Synced(state.version, len(wanted), fetched, freed)
+
+    def _drop_gone(self, state: journal.State) -> int:
+        keep = {image.manifest for image in state.images.values()}
+        freed = 0
+        for one in self.volumes():
+            gone = []
+            for image in one.images().values():
+                current = state.by_serial(image.serial)
+                if image.image_id in state.images:
+                    self._follow(one, image, current)
+                elif not one.leases(image.image_id):
+                    one.unpin(image.image_id)
+                    gone.append(image.image_id)
+                    continue
+                keep.add(image.manifest)
+            if gone:
+                LOG.info('evicting images that were deregistered: %s',
+                         ', '.join(gone))
+                freed += one.evict(gone)
+        return freed + self.mirror.prune(keep)
+
+    def _follow(self, one: volume.Volume, image: volume.Image,
+                current: journal.Image | None) -> None:
+        """Take over the manifest of a repacked image: same content."""
+        if current and current.manifest != image.manifest:
+            self.mirror.read_manifest(current.manifest)
+            one.describe(dataclasses.replace(
+                image, manifest=current.manifest))
+
+    # A guest comes
+
+    def acquire(self, image_id: str, holder: str) -> chain.Link:
+        """Make an image ready for a guest and lease it.
+
+        :param holder: the instance's id.
+        :returns: where its slot is.
+        :raises NotFound: the image is not registered.
+        :raises Unavailable: its boot set is not here, and the repository is
+            out of reach.
+        :raises NoSpace: there is no room for it.
+        """
+        image = self.image(image_id)
+        one = self.open_volume(image.domain)
+        one.lease(image.image_id, holder)
+        try:
+            self.thaw(image)
+        except BaseException:
+            one.release(image.image_id, holder)
+            raise
+        self._read_ahead(one, image)
+        return self.link(image.image_id)
+
+    def release(self, image_id: str, holder: str) -> None:
+        """End a guest's lease."""
+        for one in self.volumes():
+            one.release(image_id, holder)
+
+    def link(self, image_id: str) -> chain.Link:
+        """Where the slot of an image is, and whether it is complete."""
+        one, image = self.find(image_id)
+        complete = one.complete_name(image_id)
+        return chain.Link(
+            image_id=image_id, volume=one.file, size=one.size,
+            start=image.serial * chain.SLOT,
+            virtual_size=image.virtual_size,
+            complete=complete if complete.exists() else None)
+
+    def thaw(self, image: journal.Image) -> int:
+        """Put the boot set of an image into its volume, in boot order.
+
+        :returns: bytes written.
+        """
+        found = self.mirror.read_manifest(image.manifest)
+        one = self.open_volume(image.domain)
+        one.make_slot(
+            volume.Image(image.image_id, image.serial, image.manifest,
+                         image.virtual_size),
+            _data_blocks(found))
+        frames = self.mirror.frames(found, found.boot)
+        return one.fill(image.image_id, self._batches(frames, True),
+                        self._pool)
+
+    def _batches(self, frames: list[mirror.Frame],
+                 keep: bool) -> list[volume.Batch]:
+        return [
+            volume.Batch(frame.numbers, frame.digests, frame.positions,
+                         functools.partial(self.mirror.plain, frame, keep))
+            for frame in frames
+        ]
+
+    def _read_ahead(self, one: volume.Volume, image: journal.Image) -> None:
+        """Start reading the boot set while QEMU is being started."""
+        boot = self.mirror.read_manifest(image.manifest).boot
+        threading.Thread(target=one.read_ahead, daemon=True,
+                         args=(image.image_id, boot)).start()
+
+    # A guest misses
+
+    def ensure(self, image_id: str, offset: int, length: int) -> None:
+        """Bring an extent (bytes) of an image into its volume.
+
+        Comes with all that the same frames hold of the image.
+
+        :raises NotFound: the image has no slot here.
+        :raises Invalid: the extent reaches behind the image.
+        :raises Unavailable: the repository is out of reach.
+        :raises Corrupt: the repository has damaged bytes.
+        """
+        one, image = self.find(journal.validate_image_id(image_id))
+        if offset < 0 or length < 0 or offset + length > image.virtual_size:
+            raise exception.Invalid(
+                f'image {image_id}: no bytes {offset}+{length} in '
+                f'{image.virtual_size}')
+        size = self.mirror.block_size
+        first, end = offset // size, -(-(offset + length) // size)
+        numbers = np.arange(first, end)
+        numbers = numbers[one.slot_of(image_id).entries(numbers) == 0]
+        if not len(numbers):
+            return
+        found = self.mirror.read_manifest(image.manifest)
+        frames = self.mirror.frames(found, numbers)
+        one.fill(image_id,
+                 self._batches(self.mirror.widen(found, frames), False),
+                 self._pool)
+
+    # In the background
+
+    def hydrate(self, image_id: str,
+                progress: Callable[[int], None] | None = None,
+                cancelled: Cancelled = lambda: False) -> bool:
+        """Bring the whole image here: the boot set, then by offset.
+
+        Safe to interrupt; a repeat goes on with what lacks.
+
+        :param progress: told the plain bytes as they are there.
+        :returns: whether the image is complete.
+        """
+        one, image = self.find(image_id)
+        found = self.mirror.read_manifest(image.manifest)
+        target = one.slot_of(image_id)
+        for numbers in [found.boot, *_data_blocks(found)]:
+            missing = numbers[target.entries(numbers) == 0]
+            if progress:
+                progress(self.mirror.block_size
+                         * (len(numbers) - len(missing)))
+            frames = self.mirror.frames(found, missing)
+            for start in range(0, len(frames), _FRAMES_AT_ONCE):
+                if cancelled():
+                    return False
+                part = frames[start:start + _FRAMES_AT_ONCE]
+                one.fill(image_id, self._batches(part, False), self._pool)
+                if progress:
+                    progress(self.mirror.block_size
+                             * sum(len(frame.numbers) for frame in part))
+        return one.complete(image_id)
+
+    def evict(self, image_ids: list[str]) -> int:
+        """Remove images from their volumes; packs stay.
+
+        :returns: bytes freed.
+        :raises Busy: one is leased or pinned; nothing was removed from its
+            volume.
+        :raises NotFound: one has no slot.
+        """
+        freed = 0
+        places = [(self.find(image_id)[0], image_id)
+                  for image_id in image_ids]
+        for one in {id(place): place for place, _ in places}.values():
+            freed += one.evict([image_id for place, image_id in places
+                                if place is one])
+        return freed
+
+    def make_room(self, wanted: int) -> int:
+        """Evict what nobody leases, least recently acquired first.
+
+        :param wanted: bytes.
+        :returns: bytes freed, perhaps less.
+        """
+        idle = sorted(
+            ((one.last_use(image_id), image_id)
+             for one in self.volumes() for image_id in one.images()
+             if not one.leases(image_id) and not one.pinned(image_id)))
+        freed = 0
+        for _, image_id in idle:
+            if freed >= wanted:
+                break
+            freed += self.evict([image_id])
+        return freed
+
+    # Looking at it
+
+    def status(self) -> list[Status]:
+        """Every registered image, and those that only this host has."""
+        here = {image_id: (one, image) for one in self.volumes()
+                for image_id, image in one.images().items()}
+        known = dict(self.mirror.state.images)
+        rows = [self._status(image, here.get(image_id))
+                for image_id, image in known.items()]
+        for image_id, (one, image) in here.items():
+            if image_id not in known:
+                rows.append(self._status(journal.Image(
+                    image_id, '', image.serial, image.manifest, 0,
+                    image.virtual_size), (one, image)))
+        return sorted(rows, key=lambda row: row.serial)
+
+    def _status(self, image: journal.Image, here: tuple[
+            volume.Volume, volume.Image] | None) -> Status:
+        state, progress, leases, pinned = 'absent', 0.0, 0, False
+        if self.mirror.ready(image):
+            state = 'ready'
+        if here:
+            one, _ = here
+            slot = one.slot_of(image.image_id)
+            present, missing = slot.present(), slot.missing()
+            progress = present / max(present + missing, 1)
+            state = 'thawed'
+            if one.is_complete(image.image_id):
+                state, progress = 'complete', 1.0
+            leases = len(one.leases(image.image_id))
+            pinned = one.pinned(image.image_id)
+        return Status(image.image_id, image.name, image.serial, image.domain,
+                      state, progress, leases, pinned)
+
+    def check(self, image_id: str) -> tuple[int, list[str]]:
+        """Prove every byte of an image's slot against its manifest.
+
+        :returns: blocks proven, and what is wrong, in words.
+        """
+        one, image = self.find(image_id)
+        found = self.mirror.read_manifest(image.manifest)
+        return one.check(
+            image_id, lambda numbers: self._digests(image, numbers),
+            _data_blocks(found), self._pool)
+
+
+def _data_blocks(image: manifest.Manifest) -> Iterator[blocks.Blocks]:
+    """The blocks of an image that are not zeros, ascending, in pieces."""
+    for part in extents.pieces(image.extents, _PIECE):
+        yield extents.expand(part)[0]

@@ -1,0 +1,347 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A host's copy of the repository: journal state, manifests, boot sets.
+
+Everything that came over the network is checked before it is kept, and
+checked again when it is read: a frame that lacks or rotted is fetched anew.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import errno
+import logging
+import os
+import pathlib
+import threading
+from collections.abc import Callable
+from typing import Final
+
+import numpy as np
+
+from fastboot_common import (
+    blocks,
+    exception,
+    extents,
+    files,
+    journal,
+    manifest,
+    pack,
+    repository,
+    store,
+)
+
+LOG = logging.getLogger(__name__)
+
+#: A pack is taken whole if this share of its bytes is needed.
+_WHOLE: Final = 0.5
+_INDEXES: Final = 16
+_MANIFESTS: Final = 4
+
+Progress = Callable[[int], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Frame:
+    """A frame, and the blocks of one image that are wanted of it."""
+
+    ref: pack.PackRef
+    index: pack.PackIndex
+    number: int
+    numbers: blocks.Blocks
+    ordinals: blocks.Blocks
+
+    @property
+    def digests(self) -> list[bytes]:
+        """The wanted blocks' digests."""
+        return [self.index.digests[ordinal].tobytes()
+                for ordinal in self.ordinals.tolist()]
+
+    @property
+    def positions(self) -> blocks.Blocks:
+        """Where the wanted blocks lie in the frame (in blocks)."""
+        return self.ordinals - int(self.index.first[self.number])
+
+
+class Mirror:
+    """Local copies of what one host needs. Methods are thread-safe."""
+
+    def __init__(self, path: pathlib.Path, source: store.ReadStore) -> None:
+        """Open the mirror in directory `path`.
+
+        Works without the source when it was synced before.
+
+        :raises Unavailable: it was not, and the source is out of reach.
+        :raises Invalid: it belongs to another repository.
+        """
+        self.path = path
+        self.source = source
+        self._mutex = threading.RLock()
+        self._indexes: collections.OrderedDict[
+            str, pack.PackIndex] = collections.OrderedDict()
+        self._manifests: collections.OrderedDict[
+            str, manifest.Manifest] = collections.OrderedDict()
+        self._repository: repository.Repository | None = None
+        config = path / 'config.json'
+        if not config.exists():
+            files.write_atomically(config, source.get('config.json'))
+        self.id, self.block_size = repository.read_config(
+            config.read_bytes())
+        self.state = self._saved_state()
+
+    def _saved_state(self) -> journal.State:
+        path = self.path / 'state.json'
+        try:
+            return journal.State.from_json(path.read_bytes(), str(path))
+        except FileNotFoundError:
+            return journal.State()
+        except exception.Corrupt as error:
+            LOG.warning('%s: reading the whole journal again', error)
+            return journal.State()
+
+    # Following the repository
+
+    def refresh(self) -> journal.State:
+        """Read the journal's new entries from the source.
+
+        :raises Unavailable: the source is out of reach.
+        :raises Corrupt: the journal does not follow what is known here.
+        """
+        with self._mutex:
+            if self._repository is None:
+                found = repository.Repository(self.source, self.state)
+                if found.id != self.id:
+                    raise exception.Invalid(
+                        f'{self.path} mirrors repository {self.id}, and the '
+                        f'source is {found.id}; use another state directory')
+                self._repository = found
+            state = self._repository.state()
+            if state.version != self.state.version:
+                files.write_atomically(self.path / 'state.json',
+                                       state.to_json())
+                self.state = state
+            return state
+
+    def read_manifest(self, digest: str) -> manifest.Manifest:
+        """A manifest, local or fetched."""
+        with self._mutex:
+            if digest not in self._manifests:
+                self._manifests[digest] = manifest.Manifest.unpack(
+                    self._manifest_bytes(digest), digest)
+                if len(self._manifests) > _MANIFESTS:
+                    self._manifests.popitem(last=False)
+            self._manifests.move_to_end(digest)
+            return self._manifests[digest]
+
+    def _manifest_bytes(self, digest: str) -> bytes:
+        name = store.object_name('manifests', digest)
+        path = self.path / name
+        with contextlib.suppress(FileNotFoundError, exception.Corrupt):
+            data = path.read_bytes()
+            manifest.Manifest.unpack(data, digest)
+            return data
+        data = self.source.get(name, manifest.LIMIT)
+        manifest.Manifest.unpack(data, digest)
+        files.write_atomically(path, data)
+        return data
+
+    def ready(self, image: journal.Image) -> bool:
+        """Whether the image's boot set is here, as far as is known."""
+        try:
+            return (self.path / 'ready' / image.image_id
+                    ).read_text() == image.manifest
+        except FileNotFoundError:
+            return False
+
+    def pull(self, image: journal.Image,
+             progress: Progress | None = None) -> int:
+        """Bring the boot set of an image here.
+
+        :param progress: told the compressed bytes as they come.
+        :returns: bytes that came over the network.
+        """
+        if self.ready(image):
+            return 0
+        found = self.read_manifest(image.manifest)
+        total = 0
+        for ref, frames in self._by_pack(self.frames(found, found.boot)):
+            total += self._pull_pack(ref, frames, progress)
+        files.write_atomically(self.path / 'ready' / image.image_id,
+                               image.manifest.encode())
+        return total
+
+    def _by_pack(self, frames: list[Frame],
+                 ) -> list[tuple[pack.PackRef, list[Frame]]]:
+        groups: dict[str, list[Frame]] = {}
+        for frame in frames:
+            groups.setdefault(frame.ref.digest, []).append(frame)
+        return [(group[0].ref, group) for group in groups.values()]
+
+    def _pull_pack(self, ref: pack.PackRef, frames: list[Frame],
+                   progress: Progress | None) -> int:
+        whole = self._path('packs', ref.digest)
+        if whole.exists():
+            return 0
+        wanted = sum(frame.index.extent(frame.number)[1] for frame in frames)
+        if wanted >= _WHOLE * ref.size:
+            whole.parent.mkdir(parents=True, exist_ok=True, mode=0o750)
+            self.source.fetch(store.object_name('packs', ref.digest), whole,
+                              ref.digest, progress)
+            files.remove(self._path('partial', ref.digest))
+            return ref.size
+        total = 0
+        for frame in frames:
+            if not self._is_local(frame):
+                total += len(self._fetch(frame, keep=True))
+                if progress:
+                    progress(frame.index.extent(frame.number)[1])
+        return total
+
+    # Frames
+
+    def frames(self, image: manifest.Manifest,
+               numbers: blocks.Blocks) -> list[Frame]:
+        """The frames that hold blocks of an image, by first use.
+
+        :param numbers: each once, in any order; zeros are left out.
+        """
+        numbers, packs, ordinals = extents.locate(image.extents, numbers)
+        found: list[tuple[int, Frame]] = []
+        for position in np.unique(packs).tolist():
+            rows = np.flatnonzero(packs == position)
+            index = self.index(image.packs[position])
+            which = index.frame_of(ordinals[rows])
+            for number in np.unique(which).tolist():
+                mine = rows[which == number]
+                found.append((int(mine[0]), Frame(
+                    index.ref, index, number, numbers[mine],
+                    ordinals[mine])))
+        return [frame for _, frame in sorted(found, key=lambda one: one[0])]
+
+    def widen(self, image: manifest.Manifest,
+              frames: list[Frame]) -> list[Frame]:
+        """The same frames, with all that the image has in them."""
+        positions = {ref.digest: at for at, ref in enumerate(image.packs)}
+        wide = []
+        for frame in frames:
+            first, end = frame.index.first[frame.number:frame.number + 2]
+            numbers = extents.within(
+                image.extents, positions[frame.ref.digest], int(first),
+                int(end))
+            located, _packs, ordinals = extents.locate(image.extents, numbers)
+            wide.append(dataclasses.replace(
+                frame, numbers=located, ordinals=ordinals))
+        return wide
+
+    def index(self, ref: pack.PackRef) -> pack.PackIndex:
+        """The index of a pack, local or fetched."""
+        with self._mutex:
+            if ref.digest in self._indexes:
+                self._indexes.move_to_end(ref.digest)
+                return self._indexes[ref.digest]
+        index = self._load_index(ref)
+        with self._mutex:
+            self._indexes[ref.digest] = index
+            if len(self._indexes) > _INDEXES:
+                self._indexes.popitem(last=False)
+        return index
+
+    def _load_index(self, ref: pack.PackRef) -> pack.PackIndex:
+        with contextlib.suppress(exception.Corrupt, exception.NotFound):
+            return pack.PackIndex.load(
+                ref, lambda offset, length: self._read_local(
+                    ref, offset, length), self.block_size)
+        name = store.object_name('packs', ref.digest)
+        data = self.source.read(name, ref.index_offset, ref.index_length)
+        index = pack.PackIndex(ref, data, self.block_size)
+        self._write_local(ref, ref.index_offset, data)
+        return index
+
+    def plain(self, frame: Frame, keep: bool = False) -> bytes:
+        """A frame's plain bytes, local or fetched, checked.
+
+        :param keep: keep what was fetched.
+        :raises Corrupt: the source has other bytes, too.
+        :raises Unavailable: it is not here, and the source is out of reach.
+        """
+        with contextlib.suppress(exception.Corrupt, exception.NotFound):
+            return frame.index.decode(frame.number, self._read_local(
+                frame.ref, *frame.index.extent(frame.number)))
+        return frame.index.decode(frame.number, self._fetch(frame, keep))
+
+    def _is_local(self, frame: Frame) -> bool:
+        try:
+            data = self._read_local(
+                frame.ref, *frame.index.extent(frame.number))
+        except exception.NotFound:
+            return False
+        return frame.index.intact(frame.number, data)
+
+    def _fetch(self, frame: Frame, keep: bool) -> bytes:
+        offset, length = frame.index.extent(frame.number)
+        data = self.source.read(store.object_name('packs', frame.ref.digest),
+                                offset, length)
+        if not frame.index.intact(frame.number, data):
+            raise exception.Corrupt(
+                f'pack {frame.ref.digest}: frame {frame.number} is damaged '
+                f'in the repository; run "fastbootctl repo check" there')
+        whole = self._path('packs', frame.ref.digest)
+        if keep or whole.exists():
+            self._write_local(frame.ref, offset, data)
+        return data
+
+    def _path(self, kind: str, digest: str) -> pathlib.Path:
+        return self.path / kind / digest[:2] / digest
+
+    def _local(self, digest: str) -> pathlib.Path:
+        whole = self._path('packs', digest)
+        return whole if whole.exists() else self._path('partial', digest)
+
+    def _read_local(self, ref: pack.PackRef, offset: int,
+                    length: int) -> bytes:
+        try:
+            fd = os.open(self._local(ref.digest), os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            raise exception.NotFound(
+                f'pack {ref.digest} is not here') from None
+        try:
+            return os.pread(fd, length, offset)
+        finally:
+            os.close(fd)
+
+    def _write_local(self, ref: pack.PackRef, offset: int,
+                     data: bytes) -> None:
+        path = self._local(ref.digest)
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o750)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
+        try:
+            if os.fstat(fd).st_size < ref.size:
+                os.ftruncate(fd, ref.size)
+            blocks.write_exactly(fd, data, offset)
+            os.fdatasync(fd)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise exception.NoSpace(f'{path}: {error}') from error
+            raise
+        finally:
+            os.close(fd)
+
+    # Pruning
+
+    def prune(self, keep: set[str]) -> int:
+        """Delete what no manifest of `keep` (digests) needs.
+
+        :returns: bytes freed.
+        """
+        packs = {ref.digest for digest in keep
+                 for ref in self.read_manifest(digest).packs}
+        freed = 0
+        for kind, wanted in (('manifests', keep), ('packs', packs),
+                             ('partial', packs)):
+            for path in (self.path / kind).glob('??/*'):
+                if path.name.removesuffix('.part') not in wanted:
+                    freed += path.stat().st_blocks * 512
+                    path.unlink()
+        for path in (self.path / 'ready').glob('*'):
+            if path.name not in self.state.images:
+                path.unlink()
+        return freed
