@@ -73,8 +73,8 @@ class Image:
         sane = (
             0 < self.serial < SERIAL_LIMIT
             and _DIGEST.fullmatch(self.manifest)
-            and 0 < self.manifest_size
-            and 0 <= self.virtual_size
+            and self.manifest_size > 0
+            and self.virtual_size >= 0
             and self.visibility in VISIBILITIES
             and _OWNER.fullmatch(self.owner)
             and isinstance(self.name, str)

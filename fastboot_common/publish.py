@@ -37,7 +37,7 @@ _PACK: Final = 256 << 20
 _TOLERATED_DUPLICATES: Final = 0.05
 _ATTEMPTS: Final = 4
 
-_ROOT_DTYPE: Final = np.dtype([('block', '<u8'), ('digest', 'V32')])
+ROOT_DTYPE: Final = np.dtype([('block', '<u8'), ('digest', 'V32')])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -271,12 +271,12 @@ class _Work:
             os.close(fd)
 
     def _boot_rows(self) -> Any:
-        rows = np.array(self._boot_digests, _ROOT_DTYPE)
+        rows = np.array(self._boot_digests, ROOT_DTYPE)
         rows.sort(order='block')
         return rows
 
     def _hash_rows(self, scanned: Scanned, boot: Any) -> None:
-        rows = np.empty(len(scanned.blocks), _ROOT_DTYPE)
+        rows = np.empty(len(scanned.blocks), ROOT_DTYPE)
         rows['block'] = scanned.blocks
         rows['digest'] = np.frombuffer(b''.join(scanned.digests), 'V32')
         if len(boot):

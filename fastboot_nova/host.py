@@ -72,13 +72,15 @@ class Host:
 
     def __init__(self, path: pathlib.Path, source: store.ReadStore, *,
                  socket: pathlib.Path, threads: int | None = None,
-                 volume_size: int = volume.DEFAULT_SIZE) -> None:
+                 volume_size: int = volume.DEFAULT_SIZE,
+                 writable: bool = True) -> None:
         """Open the host's state in directory `path`.
 
         :param source: the repository's store.
         :param socket: where guests reach the export (the shield).
         :param threads: for decompressing; None: one a CPU.
         :param volume_size: apparent size of new volumes (bytes).
+        :param writable: false: only to look, beside the process that writes.
         :raises Unavailable: the first sync never happened, and the source is
             out of reach.
         """
@@ -86,6 +88,7 @@ class Host:
         self.mirror = mirror.Mirror(path / 'mirror', source)
         self._socket = socket
         self._volume_size = volume_size
+        self._writable = writable
         self._volumes: dict[str, volume.Volume] = {}
         self._mutex = threading.RLock()
         self._pool = concurrent.futures.ThreadPoolExecutor(
@@ -120,7 +123,8 @@ class Host:
                     self.path / 'volumes' / domain, self.mirror.block_size,
                     backing=lambda image_id: chain.nbd(
                         image_id, self._socket),
-                    resolve=self._digests, size=self._volume_size)
+                    resolve=self._digests, size=self._volume_size,
+                    writable=self._writable)
             return self._volumes[domain]
 
     def volumes(self) -> Iterator[volume.Volume]:
@@ -326,6 +330,11 @@ class Host:
                              * sum(len(frame.numbers) for frame in part))
         return one.complete(image_id)
 
+    def data_bytes(self, image: journal.Image) -> int:
+        """Bytes of an image that are not zeros, in whole blocks."""
+        found = self.mirror.read_manifest(image.manifest)
+        return extents.total(found.extents) * self.mirror.block_size
+
     def evict(self, image_ids: list[str]) -> int:
         """Remove images from their volumes; packs stay.
 
@@ -349,9 +358,9 @@ class Host:
         :returns: bytes freed, perhaps less.
         """
         idle = sorted(
-            ((one.last_use(image_id), image_id)
+            (one.last_use(image_id), image_id)
              for one in self.volumes() for image_id in one.images()
-             if not one.leases(image_id) and not one.pinned(image_id)))
+             if not one.leases(image_id) and not one.pinned(image_id))
         freed = 0
         for _, image_id in idle:
             if freed >= wanted:

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What all commands need: configuration, places, formats of values."""
+
+import pathlib
+from typing import Any
+
+from cliff import command, lister, show
+
+from fastboot_common import exception, repository, store
+
+
+class Environment:
+    """The places and parts that the configuration names."""
+
+    def __init__(self, conf: Any) -> None:
+        self.conf = conf
+        self.state_dir = pathlib.Path(conf.state_dir).absolute()
+
+    @property
+    def cache(self) -> pathlib.Path:
+        """Directory of what can be made again."""
+        return self.state_dir / 'cache'
+
+    @property
+    def run(self) -> pathlib.Path:
+        """Directory of sockets."""
+        return self.state_dir / 'run'
+
+    @property
+    def host_path(self) -> pathlib.Path:
+        """Directory of the host's mirror and volumes."""
+        return pathlib.Path(self.conf.host.path or self.state_dir / 'host')
+
+    @property
+    def shield_socket(self) -> pathlib.Path:
+        """Where guests reach the export."""
+        return self.run / 'nbd.sock'
+
+    def location(self) -> str:
+        """Where the repository is."""
+        return (self.conf.repository.location
+                or str(self.state_dir / 'repository'))
+
+    def open_store(self) -> store.ReadStore:
+        """The repository's store."""
+        location = self.location()
+        if '://' not in location or location.startswith('file:'):
+            return store.open_store(location)
+        group = self.conf.repository
+        return store.open_store(
+            location, timeout=group.timeout, retries=group.retries,
+            limit_rate=group.limit_rate or None, ca_file=group.ca_file)
+
+    def open_repository(self) -> repository.Repository:
+        """The repository, for reading and (a directory) for writing.
+
+        :raises NotFound: there is none.
+        """
+        try:
+            return repository.Repository(self.open_store())
+        except exception.NotFound:
+            raise exception.NotFound(
+                f'there is no repository at {self.location()}; '
+                f'"fastbootctl repo init" makes one') from None
+
+    def writable_repository(self) -> repository.Repository:
+        """The repository, if it can be written.
+
+        :raises Invalid: it is behind HTTP.
+        """
+        found = self.open_repository()
+        if not hasattr(found.store, 'create'):
+            raise exception.Invalid(
+                f'{self.location()} can only be read; use its directory')
+        return found
+
+
+class Command(command.Command):
+    """A command that prints no table."""
+
+    @property
+    def env(self) -> Environment:
+        """The places and parts."""
+        return Environment(self.app.conf)
+
+
+class ShowOne(show.ShowOne):
+    """A command that shows one thing (``-f json`` and others)."""
+
+    env = Command.env
+
+
+class Lister(lister.Lister):
+    """A command that lists things (``-f json`` and others)."""
+
+    env = Command.env
+
+
+def mib(count: int) -> float:
+    """Bytes as MiB with one digit."""
+    return round(count / 2**20, 1)

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``fastbootctl repo init|check|stats|gc``."""
+
+import argparse
+import pathlib
+from typing import Any
+
+from fastboot_common import exception, repository, upkeep
+from fastboot_common.cli import base, progress
+from fastboot_common.store import local
+
+
+class Init(base.Command):
+    """Make an empty repository in a directory."""
+
+    def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
+        """Its arguments."""
+        parser: argparse.ArgumentParser = super().get_parser(prog_name)
+        parser.add_argument(
+            '--block-size', type=int, metavar='BYTES',
+            help='overrides [repository] block_size')
+        return parser
+
+    def take_action(self, parsed_args: argparse.Namespace) -> None:
+        """Make it."""
+        location = self.env.location()
+        if '://' in location and not location.startswith('file://'):
+            raise exception.Invalid(
+                f'{location} cannot be written; use its directory')
+        path = pathlib.Path(location.removeprefix('file://'))
+        path.mkdir(parents=True, exist_ok=True, mode=0o750)
+        size = parsed_args.block_size or self.env.conf.repository.block_size
+        try:
+            repository.init(local.LocalStore(path), size)
+        except exception.Exists:
+            raise exception.Exists(
+                f'{path} is a repository already') from None
+        self.app.stdout.write(f'repository made in {path}, '
+                              f'blocks of {size} bytes\n')
+
+
+class Check(base.Lister):
+    """Check the repository; lists what is wrong, status 1 if anything is."""
+
+    def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
+        """Its arguments."""
+        parser: argparse.ArgumentParser = super().get_parser(prog_name)
+        parser.add_argument(
+            '--deep', action='store_true',
+            help='read and decompress every pack, not only the indexes')
+        return parser
+
+    def take_action(self, parsed_args: argparse.Namespace) -> Any:
+        """Check and list."""
+        found = self.env.open_repository()
+        with progress.Progress('checking packs') as told:
+            problems = list(upkeep.check(found, parsed_args.deep, told))
+        self.failed = bool(problems)
+        return ('Object', 'Problem'), [
+            (one.name, one.problem) for one in problems]
+
+    def run(self, parsed_args: argparse.Namespace) -> int:
+        """The exit status says whether all is well."""
+        super().run(parsed_args)
+        return int(self.failed)
+
+
+class Stats(base.ShowOne):
+    """Show what the repository holds and how well it is deduplicated."""
+
+    def take_action(self, parsed_args: argparse.Namespace) -> Any:
+        """Print the figures."""
+        return self.dict2columns(
+            {'location': self.env.location(),
+             **upkeep.statistics(self.env.open_repository())})
+
+
+class Gc(base.ShowOne):
+    """Remove what no image needs any more."""
+
+    def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
+        """Its arguments."""
+        parser: argparse.ArgumentParser = super().get_parser(prog_name)
+        parser.add_argument(
+            '--retention-days', type=float, metavar='DAYS',
+            help='overrides [repository] retention_days')
+        parser.add_argument(
+            '--grace-hours', type=float, metavar='HOURS',
+            help='overrides [repository] grace_hours')
+        parser.add_argument('--dry-run', action='store_true',
+                            help='say what would go, and remove nothing')
+        return parser
+
+    def take_action(self, parsed_args: argparse.Namespace) -> Any:
+        """Collect and say what went."""
+        group = self.env.conf.repository
+        days, hours = parsed_args.retention_days, parsed_args.grace_hours
+        done = upkeep.collect(
+            self.env.writable_repository(),
+            (group.retention_days if days is None else days) * 86400,
+            (group.grace_hours if hours is None else hours) * 3600,
+            parsed_args.dry_run)
+        return self.dict2columns({
+            'dry_run': parsed_args.dry_run, 'images': done.images,
+            'packs': done.packs, 'files': done.files, 'bytes': done.bytes})
