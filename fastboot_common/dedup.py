@@ -3,8 +3,14 @@
 
 On disk, so that a publisher's memory does not grow with the repository. It
 can be deleted at any time; what a manifest says is proven by its root.
+
+A file is one publisher's alone: another that covered other packs meanwhile
+would give their numbers a new meaning.
 """
 
+import fcntl
+import itertools
+import os
 import pathlib
 import sqlite3
 from collections.abc import Callable, Iterable
@@ -33,9 +39,19 @@ class DedupIndex:
     """Digest → place, for one repository. Use from one thread."""
 
     def __init__(self, path: pathlib.Path) -> None:
-        """Open or make the index at `path`."""
+        """Open or make the index at `path`, or beside it if that is taken."""
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o750)
-        self._db = sqlite3.connect(path, timeout=60)
+        self._path, self._lock = _free(path)
+        try:
+            self._open()
+        except sqlite3.OperationalError:
+            os.close(self._lock)
+            raise
+        except sqlite3.DatabaseError:
+            self.discard()
+
+    def _open(self) -> None:
+        self._db = sqlite3.connect(self._path, timeout=60)
         # WAL: a crash loses the last packs, never half of one.
         self._db.executescript(
             'PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL; '
@@ -45,6 +61,15 @@ class DedupIndex:
     def close(self) -> None:
         """Close the file."""
         self._db.close()
+        os.close(self._lock)
+
+    def discard(self) -> None:
+        """Begin anew: the file is damaged."""
+        self._db.close()
+        for suffix in ('', '-wal', '-shm'):
+            self._path.with_name(self._path.name + suffix).unlink(
+                missing_ok=True)
+        self._open()
 
     def packs(self) -> dict[str, int]:
         """The packs that the index covers: digest → number."""
@@ -92,3 +117,19 @@ class DedupIndex:
         """Drop what :meth:`remember` noted."""
         self._db.execute('DELETE FROM fresh')
         self._db.commit()
+
+
+def _free(path: pathlib.Path) -> tuple[pathlib.Path, int]:
+    """A file that no other publisher has open, and the lock on it."""
+    for number in itertools.count():
+        name = path.with_name(f'{path.name}.{number}' if number
+                              else path.name)
+        fd = os.open(f'{name}.lock', os.O_RDWR | os.O_CREAT | os.O_CLOEXEC,
+                     0o640)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(fd)
+            continue
+        return name, fd
+    raise AssertionError

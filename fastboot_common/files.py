@@ -6,6 +6,7 @@ import ctypes
 import errno
 import os
 import pathlib
+import threading
 from collections.abc import Iterator
 from typing import Final
 
@@ -27,13 +28,28 @@ def sync_directory(path: pathlib.Path) -> None:
         os.close(fd)
 
 
+def sync(fd: int) -> None:
+    """Make a file's bytes durable.
+
+    :raises NoSpace: the device turns out to be full only now.
+    """
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise exception.NoSpace(f'fsync: {error.strerror}') from error
+        raise
+
+
 def write_atomically(path: pathlib.Path, data: bytes) -> None:
     """Make or replace a small file: temporary, sync, rename, sync.
 
     :raises NoSpace: the device is full; the old file is intact.
     """
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o750)
-    temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+    # Threads may write the same file at the same time.
+    temporary = path.with_name(
+        f'.{path.name}.{threading.get_native_id()}.tmp')
     try:
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o640)
         try:
@@ -46,7 +62,7 @@ def write_atomically(path: pathlib.Path, data: bytes) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise exception.NoSpace(f'{path}: {error.strerror}') from error
         raise
     sync_directory(path.parent)

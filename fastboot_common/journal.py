@@ -77,8 +77,12 @@ class Image:
             and self.virtual_size >= 0
             and self.visibility in VISIBILITIES
             and _OWNER.fullmatch(self.owner)
-            and isinstance(self.name, str)
-            and isinstance(self.os_hash, dict)
+            and type(self.serial) is int
+            and type(self.manifest_size) is int
+            and type(self.virtual_size) is int
+            and _is_text(self.name)
+            and all(_is_text(word) for pair in self.os_hash.items()
+                    for word in pair)
         )
         if not sane:
             raise exception.Corrupt(f'image {self.image_id}: no sense in '
@@ -95,9 +99,8 @@ class Removed:
     @property
     def age(self) -> float:
         """Seconds since then."""
-        then = datetime.datetime.fromisoformat(self.time)
         now = datetime.datetime.now(datetime.UTC)
-        return (now - then).total_seconds()
+        return (now - _moment(self.time)).total_seconds()
 
 
 @dataclasses.dataclass
@@ -138,13 +141,21 @@ class State:
                         int(raw['checkpoint']), images,
                         _packs([{'digest': d, 'size': s}
                                 for d, s in raw['packs'].items()]), removed)
-            for image in images.values():
+            for key, image in images.items():
                 image.check()
-            for gone in removed.values():
+                if key != image.image_id:
+                    raise ValueError(f'image {key!r}')
+            for key, gone in removed.items():
                 gone.image.check()
-                datetime.datetime.fromisoformat(gone.time)
+                _moment(gone.time)
+                if key != str(gone.image.serial):
+                    raise ValueError(f'serial {key!r}')
+            if state.previous is not None and not _DIGEST.fullmatch(
+                    state.previous) or not 0 <= state.checkpoint <= (
+                    state.version):
+                raise ValueError(f'version {state.version}')
         except (ValueError, TypeError, KeyError, AttributeError,
-                RecursionError) as error:
+                OverflowError, RecursionError) as error:
             raise exception.Corrupt(f'{what}: {error!r}') from error
         return state
 
@@ -165,6 +176,20 @@ class State:
                 return image
         gone = self.removed.get(str(serial))
         return gone.image if gone else None
+
+
+def _is_text(value: Any) -> bool:
+    # JSON may hold halves of surrogate pairs, which no file can.
+    return isinstance(value, str) and not any(
+        '\ud800' <= character <= '\udfff' for character in value)
+
+
+def _moment(text: str) -> datetime.datetime:
+    """:raises ValueError: `text` is no ISO 8601 time with its zone."""
+    moment = datetime.datetime.fromisoformat(text)
+    if moment.tzinfo is None:
+        raise ValueError(f'{text!r} has no time zone')
+    return moment
 
 
 def find(state: State, image_id: str) -> Image:
@@ -222,13 +247,26 @@ def parse(data: bytes, number: int) -> dict[str, Any]:
     if entry.get('version') != VERSION:
         raise exception.UnknownVersion(
             f'{what}: version {entry.get("version")!r}')
-    if entry.get('number') != number:
+    if type(entry.get('number')) is not int or entry['number'] != number:
         raise exception.Corrupt(f'{what}: says that it is number '
                                 f'{entry.get("number")!r}')
     checkpoint = entry.get('checkpoint')
-    if not isinstance(checkpoint, int) or not 0 <= checkpoint < number:
+    if type(checkpoint) is not int or not 0 <= checkpoint < number:
         raise exception.Corrupt(f'{what}: checkpoint {checkpoint!r}')
     return entry
+
+
+def state_digest(data: bytes, number: int) -> str:
+    """The digest of the state that entry `number`, a checkpoint, names.
+
+    :raises Corrupt: it is no checkpoint.
+    """
+    entry = parse(data, number)
+    digest = entry.get('state')
+    if entry.get('kind') != 'checkpoint' or not isinstance(
+            digest, str) or not _DIGEST.fullmatch(digest):
+        raise exception.Corrupt(f'journal entry {number}: no checkpoint')
+    return digest
 
 
 def apply(state: State, data: bytes) -> State:
@@ -251,7 +289,8 @@ def apply(state: State, data: bytes) -> State:
     result = state.copy()
     try:
         fold(result, entry)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError,
+            RecursionError) as error:
         raise exception.Corrupt(
             f'journal entry {number}: {error!r}') from error
     result.version = number
@@ -278,6 +317,7 @@ def _register(state: State, entry: dict[str, Any]) -> None:
 
 def _deregister(state: State, entry: dict[str, Any]) -> None:
     image = state.images.pop(entry['image_id'])
+    _moment(entry['time'])
     state.removed[str(image.serial)] = Removed(image, entry['time'])
 
 

@@ -4,13 +4,14 @@
 import dataclasses
 import hashlib
 import json
+import re
 import struct
 from typing import Any, Final
 
 import numpy as np
 import zstandard
 
-from fastboot_common import blocks, exception, extents
+from fastboot_common import blocks, exception, extents, pack, qcow2
 from fastboot_common import trace as traces
 from fastboot_common.extents import Extents
 from fastboot_common.pack import PackRef
@@ -21,6 +22,9 @@ VERSION: Final = 1
 LIMIT: Final = 64 << 20
 _PREFIX: Final = struct.Struct('<8sII')
 _RECORDS_LIMIT: Final = 256 << 20
+#: Blocks of a boot set: 64 GiB of the smallest.
+_BOOT_LIMIT: Final = 1 << 24
+_DIGEST: Final = re.compile(r'[0-9a-f]{64}')
 
 BOOT_DTYPE: Final = np.dtype([('block', '<u8'), ('count', '<u4')])
 _SECTIONS: Final = {
@@ -96,7 +100,8 @@ class Manifest:
         try:
             return cls._parse(data, what)
         except (KeyError, TypeError, ValueError, OverflowError,
-                AttributeError, struct.error, RecursionError) as error:
+                AttributeError, struct.error, RecursionError,
+                exception.Invalid) as error:
             raise exception.Corrupt(f'{what}: {error!r}') from error
 
     @classmethod
@@ -114,8 +119,9 @@ class Manifest:
         }
         manifest = cls(
             image_id=str(header['image_id']), name=str(header['name']),
-            virtual_size=int(header['virtual_size']),
-            block_size=blocks.validate_block_size(header['block_size']),
+            virtual_size=_integer(header['virtual_size']),
+            block_size=blocks.validate_block_size(
+                _integer(header['block_size'])),
             root=str(header['root']),
             packs=[PackRef(**ref) for ref in header['packs']],
             extents=arrays['extents'],
@@ -129,13 +135,20 @@ class Manifest:
         return manifest
 
     def _check(self, what: str) -> None:
-        if self.virtual_size < 0 or self.virtual_size % 512:
+        if not qcow2.fits(self.virtual_size, self.block_size):
             raise exception.Corrupt(
                 f'{what}: virtual size {self.virtual_size}')
+        # Digests become file names.
         for ref in self.packs:
-            if not all(isinstance(value, int) and value >= 0 for value in (
-                    ref.size, ref.blocks, ref.index_offset)):
+            if not (_DIGEST.fullmatch(ref.digest)
+                    and _DIGEST.fullmatch(ref.index_digest)
+                    and _integer(ref.size) < 1 << 63
+                    and _integer(ref.index_offset) > 0
+                    and _integer(ref.blocks) >= 0
+                    and 0 <= ref.index_length <= pack.INDEX_LIMIT):
                 raise exception.Corrupt(f'{what}: a pack has no sense')
+        if len({ref.digest for ref in self.packs}) != len(self.packs):
+            raise exception.Corrupt(f'{what}: a pack is listed twice')
         extents.validate(self.extents, self.block_count,
                          [ref.blocks for ref in self.packs])
 
@@ -147,21 +160,23 @@ def _section(body: memoryview, header: dict[str, int], dtype: Any,
     if not (0 <= start <= start + length <= len(body)
             and 0 <= raw_length == header['raw_length'] <= _RECORDS_LIMIT):
         raise exception.Corrupt(f'{what}: a section has no sense')
-    try:
-        raw = zstandard.ZstdDecompressor().decompress(
-            body[start:start + length], max_output_size=raw_length or 1)
-    except zstandard.ZstdError as error:
-        raise exception.Corrupt(f'{what}: {error}') from error
-    if len(raw) != raw_length:
-        raise exception.Corrupt(f'{what}: a section is cut short')
+    raw = pack.decompress(body[start:start + length], raw_length, what)
     return np.frombuffer(raw, dtype)
+
+
+def _integer(value: Any) -> int:
+    # JSON's true, and numbers with a fraction, count as integers in Python.
+    if type(value) is not int:
+        raise ValueError(f'not an integer: {value!r}')
+    return value
 
 
 def _boot_blocks(runs: Any, header: dict[str, Any],
                  what: str) -> blocks.Blocks:
     limit = -(-header['virtual_size'] // header['block_size'])
     counts = runs['count'].astype(np.int64)
-    if counts.sum() > limit or (runs['block'] > np.uint64(limit)).any() or (
+    if counts.sum() > min(limit, _BOOT_LIMIT) or (
+            runs['block'] > np.uint64(limit)).any() or (
             runs['block'].astype(np.int64) + counts > limit).any():
         raise exception.Corrupt(f'{what}: boot set reaches behind the image')
     inner = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts,

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import zstandard
 
-from fastboot_common import blocks, exception
+from fastboot_common import blocks, exception, files
 
 MAGIC: Final = b'FBPACK1\n'
 VERSION: Final = 1
@@ -141,14 +141,7 @@ class PackIndex:
         if not self.intact(frame, data):
             raise exception.Corrupt(f'{name}: digest does not match')
         length = int(self.frames[frame]['blocks']) * self.block_size
-        try:
-            plain: bytes = _decompressor().decompress(
-                data, max_output_size=length)
-        except zstandard.ZstdError as error:
-            raise exception.Corrupt(f'{name}: {error}') from error
-        if len(plain) != length:
-            raise exception.Corrupt(f'{name}: {len(plain)} plain bytes')
-        return plain
+        return decompress(data, length, name)
 
 
 def read_ref(digest: str, size: int, read: Read) -> tuple[PackRef, int]:
@@ -176,6 +169,25 @@ def read_ref(digest: str, size: int, read: Read) -> tuple[PackRef, int]:
 
 
 _local = threading.local()
+
+
+def decompress(data: bytes | memoryview, length: int, what: str) -> bytes:
+    """A zstd frame's plain bytes, which must be `length`.
+
+    :param what: named in errors.
+    :raises Corrupt: it is no frame, or one of another length.
+    """
+    try:
+        # What the frame claims is allocated, whatever limit is given.
+        if zstandard.frame_content_size(data) not in (-1, length):
+            raise exception.Corrupt(f'{what}: not of {length} plain bytes')
+        plain: bytes = _decompressor().decompress(
+            data, max_output_size=max(length, 1))
+    except zstandard.ZstdError as error:
+        raise exception.Corrupt(f'{what}: {error}') from error
+    if len(plain) != length:
+        raise exception.Corrupt(f'{what}: {len(plain)} plain bytes')
+    return plain
 
 
 def _decompressor() -> Any:
@@ -278,7 +290,7 @@ class PackWriter:
         self._write(_TRAILER.pack(
             index_offset, len(self._frames), self.blocks,
             index_digest.digest(), _TRAILER_MAGIC))
-        os.fsync(self._fd)
+        files.sync(self._fd)
         os.close(self._fd)
         self._fd = -1
         return PackRef(self._hash.hexdigest(), self._offset, self.blocks,

@@ -7,6 +7,7 @@ import hashlib
 import logging
 import os
 import pathlib
+import sqlite3
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Final
@@ -22,6 +23,7 @@ from fastboot_common import (
     journal,
     manifest,
     pack,
+    qcow2,
     store,
 )
 from fastboot_common.repository import Repository
@@ -36,6 +38,9 @@ _PACK: Final = 256 << 20
 #: this share of ours; beyond it, publishing starts again.
 _TOLERATED_DUPLICATES: Final = 0.05
 _ATTEMPTS: Final = 4
+
+#: Blocks whose digests are gathered at once.
+_PIECE: Final = 1 << 16
 
 ROOT_DTYPE: Final = np.dtype([('block', '<u8'), ('digest', 'V32')])
 
@@ -97,9 +102,19 @@ class Publisher:
         :param draft: a manifest with everything but root, packs and extents.
         :param progress: told the bytes done, of what is no hole in `raw`.
         :raises Exists: the id is registered with other content.
+        :raises Invalid: the draft has no sense.
         :raises NoSpace: the store is full; nothing was registered.
         """
-        journal.validate_image_id(draft.image_id)
+        _check_draft(draft, self._repository.block_size)
+        try:
+            return self._publish(raw, draft, visibility, owner, progress)
+        except sqlite3.OperationalError as error:
+            raise exception.NoSpace(
+                f'{self._index_path.parent}: {error}') from error
+
+    def _publish(self, raw: pathlib.Path, draft: manifest.Manifest,
+                 visibility: str, owner: str,
+                 progress: Callable[[int], None] | None) -> Published:
         index = dedup.DedupIndex(self._index_path)
         try:
             with concurrent.futures.ThreadPoolExecutor(self._threads) as pool:
@@ -111,6 +126,12 @@ class Publisher:
                         LOG.info('image %s: publishing again: %s',
                                  draft.image_id, reason)
                         progress = None
+                    except sqlite3.DatabaseError as error:
+                        if isinstance(error, sqlite3.OperationalError):
+                            raise
+                        LOG.warning('%s: making it anew: %s',
+                                    self._index_path, error)
+                        index.discard()
                     finally:
                         work.clean()
         finally:
@@ -151,6 +172,7 @@ class _Work:
         self._draft.extents, self._draft.packs = self._map(state)
         data = draft.pack()
         digest = hashlib.sha256(data).hexdigest()
+        self._prove(manifest.Manifest.unpack(data, digest))
         image = {
             'image_id': draft.image_id, 'name': draft.name,
             'manifest': digest, 'manifest_size': len(data),
@@ -172,10 +194,28 @@ class _Work:
                 for ref in self._refs]}
 
         after = self._repository.append('register', build)
+        if created:
+            # What was there already, gc may have taken for a leftover
+            # before the entry said otherwise.
+            self._store(digest, data)
         return Published(
             after.images[draft.image_id], created,
             sum(ref.blocks for ref in self._refs) * draft.block_size,
             sum(ref.size for ref in self._refs))
+
+    def _prove(self, made: manifest.Manifest) -> None:
+        """Whatever went wrong in index or map: it is not registered."""
+        writers = dict(zip((ref.digest for ref in self._refs),
+                           self._writers, strict=True))
+
+        def load(ref: pack.PackRef) -> pack.PackIndex:
+            if ref.digest in writers:
+                return self._own_index(ref, writers[ref.digest])
+            return self._repository.pack_index(ref)
+
+        if content_root(made, load) != made.root:
+            self._index.discard()
+            raise _Repeat('the index of known blocks was wrong')
 
     def clean(self) -> None:
         """Remove what did not get into the store."""
@@ -267,6 +307,9 @@ class _Work:
 
             self._phase(fd, self._rest_runs(fd, boot), self._levels[1], place)
             self._root.update(rows[emitted:].tobytes())
+            # Zeros that the boot read are in its trace only.
+            self._draft.boot = self._draft.boot[
+                np.isin(self._draft.boot, rows['block'].astype(np.int64))]
         finally:
             os.close(fd)
 
@@ -378,6 +421,41 @@ class _Work:
                 refs.append(self._refs[(1 << 32) - number - 1])
         whole['pack'] = positions
         return whole, refs
+
+
+def content_root(image: manifest.Manifest, load: Callable[
+        [pack.PackRef], pack.PackIndex]) -> str:
+    """The root that follows from an image's map and its packs' indexes."""
+    indexes = [load(ref) for ref in image.packs]
+    whole = hashlib.sha256()
+    for part in extents.pieces(image.extents, _PIECE):
+        numbers, packs, ordinals = extents.expand(part)
+        rows = np.empty(len(numbers), ROOT_DTYPE)
+        rows['block'] = numbers
+        for position in np.unique(packs).tolist():
+            which = packs == position
+            rows['digest'][which] = indexes[position].digests[
+                ordinals[which]]
+        whole.update(rows.tobytes())
+    return whole.hexdigest()
+
+
+def _check_draft(draft: manifest.Manifest, block_size: int) -> None:
+    journal.validate_image_id(draft.image_id)
+    if draft.block_size != block_size:
+        raise exception.Invalid(
+            f'image {draft.image_id}: blocks of {draft.block_size} bytes, '
+            f'the repository has {block_size}')
+    if not qcow2.fits(draft.virtual_size, block_size):
+        raise exception.Invalid(
+            f'image {draft.image_id}: a disk of {draft.virtual_size} bytes; '
+            f'it must be a multiple of 512 that a slot can hold')
+    boot = draft.boot
+    if len(np.unique(boot)) != len(boot) or (
+            (boot < 0) | (boot >= draft.block_count)).any():
+        raise exception.Invalid(
+            f'image {draft.image_id}: its boot set has blocks twice, or '
+            f'behind the end')
 
 
 def _batches(found: list[tuple[int, int]], limit: int,

@@ -15,6 +15,8 @@ MAGIC: Final = 0x514649FB
 #: A slot's header must fit one sector, so that a crash leaves the old or the
 #: new one.
 HEADER_LIMIT: Final = 512
+#: Bytes of an L1 table: QEMU opens none that is longer.
+L1_LIMIT: Final = 32 << 20
 #: L2 entry: reads as zeros (version 3).
 ZERO: Final = 1
 #: L1 and L2 entry: the cluster is not shared with a snapshot.
@@ -103,3 +105,9 @@ class Header:
 def l1_entries(virtual_size: int, cluster: int) -> int:
     """How many L2 tables cover a disk (sizes in bytes)."""
     return -(-virtual_size // (cluster * (cluster // 8)))
+
+
+def fits(virtual_size: int, cluster: int) -> bool:
+    """Whether a slot can have a disk of that size (sizes in bytes)."""
+    return (virtual_size >= 0 and virtual_size % 512 == 0
+            and 8 * l1_entries(virtual_size, cluster) <= L1_LIMIT)

@@ -76,25 +76,33 @@ class Repository:
     def _hint(self) -> int:
         try:
             number = json.loads(self.store.get('head.json', 4096))['version']
-            return number if isinstance(number, int) and number > 0 else 0
+            if type(number) is not int or not 0 < number < 10 ** 16:
+                raise ValueError(f'version {number!r}')
+            return number
         except exception.NotFound:
             return 0
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise exception.Corrupt(f'head.json: {error!r}') from error
 
     def _from_checkpoint(self, hint: int) -> journal.State:
+        """The state at the newest checkpoint before entry `hint`.
+
+        Where it cannot be found (``gc`` keeps the newest one's only), the
+        empty state: folding all gives the same.
+        """
         try:
             newest = journal.parse(
                 self.store.get(store.entry_name(hint), journal.ENTRY_LIMIT),
                 hint)
+            number = newest['checkpoint']
+            if number == 0:
+                return journal.State()
+            entry = self.store.get(store.entry_name(number),
+                                   journal.ENTRY_LIMIT)
+            digest = journal.state_digest(entry, number)
+            data = self.store.get(store.object_name('states', digest))
         except exception.NotFound:
             return journal.State()
-        number = newest['checkpoint']
-        if number == 0:
-            return journal.State()
-        entry = self.store.get(store.entry_name(number), journal.ENTRY_LIMIT)
-        digest = str(journal.parse(entry, number).get('state'))
-        data = self.store.get(store.object_name('states', digest))
         if hashlib.sha256(data).hexdigest() != digest:
             raise exception.Corrupt(f'states/{digest}: digest does not match')
         state = journal.State.from_json(data, f'states/{digest}')
@@ -177,7 +185,7 @@ class Repository:
             target.replace('head.json', journal.canonical(
                 {'version': after.version}))
             if after.version - after.checkpoint >= _CHECKPOINT_EVERY:
-                return self.checkpoint()
+                self.checkpoint()
             return after
         raise exception.Busy(
             f'{_ATTEMPTS} other publishers were first; repeat later')

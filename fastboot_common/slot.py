@@ -53,8 +53,11 @@ class Slot:
     def _read_l1(self) -> npt.NDArray[np.int64]:
         header = self.header
         count = qcow2.l1_entries(header.virtual_size, self.cluster)
+        if (header.l1_entries != count or header.l1_offset >= 1 << 62
+                or not qcow2.fits(header.virtual_size, self.cluster)):
+            raise exception.Corrupt(f'slot {self.serial}: header')
         raw = os.pread(self._fd, count * 8, self.start + header.l1_offset)
-        if header.l1_entries != count or len(raw) != count * 8:
+        if len(raw) != count * 8:
             raise exception.Corrupt(f'slot {self.serial}: L1 table')
         entries = np.frombuffer(raw, _BIG).astype(np.uint64)
         offsets = (entries & np.uint64(qcow2.OFFSET_MASK)).astype(np.int64)

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 
@@ -14,15 +14,11 @@ from fastboot_common import (
     exception,
     extents,
     journal,
-    manifest,
     pack,
-    publish,
     store,
 )
+from fastboot_common.publish import content_root as content_root
 from fastboot_common.repository import Repository
-
-#: Blocks whose digests are gathered at once.
-_PIECE: Final = 1 << 16
 
 Progress = Callable[[int], None]
 
@@ -74,11 +70,12 @@ def _check_journal(repository: Repository,
             yield Problem(name, str(error))
             return state
         if state.checkpoint == number:
-            yield from _check_checkpoint(source, data, before)
+            checkpoint = data, before
+    if state.checkpoint:
+        yield from _check_checkpoint(source, *checkpoint)
     with contextlib.suppress(AttributeError):
         later = [name for name, _, _ in source.list('journal')
-                 if name > store.entry_name(state.version)] \
-            if state.version else []
+                 if name > store.entry_name(state.version)]
         if later:
             yield Problem(store.entry_name(state.version + 1),
                           f'is missing, {min(later)} is there: journal gap')
@@ -88,7 +85,7 @@ def _check_journal(repository: Repository,
 def _check_checkpoint(source: store.ReadStore, data: bytes,
                       before: journal.State) -> Iterator[Problem]:
     number = before.version + 1
-    digest = str(journal.parse(data, number).get('state'))
+    digest = journal.state_digest(data, number)
     name = store.object_name('states', digest)
     try:
         found = source.get(name)
@@ -165,23 +162,6 @@ def _check_image(repository: Repository, image: journal.Image,
         yield Problem(name, str(error))
 
 
-def content_root(image: manifest.Manifest, load: Callable[
-        [pack.PackRef], pack.PackIndex]) -> str:
-    """The root that follows from an image's map and its packs' indexes."""
-    indexes = [load(ref) for ref in image.packs]
-    whole = hashlib.sha256()
-    for part in extents.pieces(image.extents, _PIECE):
-        numbers, packs, ordinals = extents.expand(part)
-        rows = np.empty(len(numbers), publish.ROOT_DTYPE)
-        rows['block'] = numbers
-        for position in np.unique(packs).tolist():
-            which = packs == position
-            rows['digest'][which] = indexes[position].digests[
-                ordinals[which]]
-        whole.update(rows.tobytes())
-    return whole.hexdigest()
-
-
 def statistics(repository: Repository) -> dict[str, Any]:
     """What is stored, and how well it is deduplicated (bytes)."""
     state = repository.state()
@@ -251,7 +231,7 @@ def collect(repository: Repository, retention: float, grace: float,
         return {'packs': packs, 'serials': serials}
 
     state = repository.append('drop', build)
-    named = _named(state)
+    named = _named(repository, state)
     target: Any = repository.store
     now = time.time()
     for kind in ('packs', 'manifests', 'states'):
@@ -259,6 +239,12 @@ def collect(repository: Repository, retention: float, grace: float,
             # Young: perhaps a publisher's that has not said so yet.
             if name in named or now - changed < grace:
                 continue
+            # One that was old when a publisher made the same again.
+            if repository.state().version != state.version:
+                state = repository.state()
+                named = _named(repository, state)
+                if name in named:
+                    continue
             result.files += 1
             result.bytes += size
             if not dry_run:
@@ -280,8 +266,12 @@ def _needed(repository: Repository, state: journal.State,
             for ref in repository.read_manifest(image.manifest).packs}
 
 
-def _named(state: journal.State) -> set[str]:
+def _named(repository: Repository, state: journal.State) -> set[str]:
     names = {store.object_name('packs', digest) for digest in state.packs}
     names |= {store.object_name('manifests', image.manifest)
               for image in _kept(state, [])}
+    if state.checkpoint:
+        names.add(store.object_name('states', journal.state_digest(
+            repository.store.get(store.entry_name(state.checkpoint),
+                                 journal.ENTRY_LIMIT), state.checkpoint)))
     return names

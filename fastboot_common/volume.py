@@ -114,6 +114,8 @@ class Volume:
                 self._lock_fd = _lock(path)
                 stack.callback(os.close, self._lock_fd)
                 if not self.file.exists():
+                    # One that is left names clusters of another file.
+                    self._remove_index()
                     _make(self.file, block_size, size)
             self._fd = _open(self.file, writable)
             stack.callback(os.close, self._fd)
@@ -121,7 +123,7 @@ class Volume:
             self.size = os.fstat(self._fd).st_size
             if writable:
                 self._open_index()
-                stack.callback(self._index.close)
+                stack.callback(lambda: self._index.close())
             self._resources = stack.pop_all()
 
     def close(self) -> None:
@@ -174,7 +176,13 @@ class Volume:
                 if image is None:
                     raise exception.NotFound(
                         f'image {image_id} is not in {self.path}')
-                self._slots[image_id] = slot.Slot(self._fd, image.serial)
+                found = slot.Slot(self._fd, image.serial)
+                if (found.cluster, found.header.virtual_size) != (
+                        self.block_size, image.virtual_size):
+                    raise exception.Corrupt(
+                        f'image {image_id}: its slot in {self.file} is of '
+                        f'another image')
+                self._slots[image_id] = found
             return self._slots[image_id]
 
     def is_complete(self, image_id: str) -> bool:
@@ -200,6 +208,10 @@ class Volume:
         :raises NoSpace: the volume or its device is full.
         :raises Invalid: another serial of the image has a slot.
         """
+        if not qcow2.fits(image.virtual_size, self.block_size):
+            raise exception.Invalid(
+                f'image {image.image_id}: no slot can have a disk of '
+                f'{image.virtual_size} bytes')
         with self._mutex:
             known = self.image(image.image_id)
             if known and known.serial != image.serial:
@@ -240,8 +252,11 @@ class Volume:
 
     def describe(self, image: Image) -> None:
         """Replace an image's description (a repacked manifest)."""
-        files.write_atomically(self.path / 'images' / image.image_id,
-                               journal.canonical(dataclasses.asdict(image)))
+        with self._mutex:
+            if self.image(image.image_id):
+                files.write_atomically(
+                    self.path / 'images' / image.image_id,
+                    journal.canonical(dataclasses.asdict(image)))
 
     # Filling
 
@@ -309,6 +324,7 @@ class Volume:
             for _batch, _positions, offsets in jobs:
                 for start, end in _spans(offsets, self.block_size):
                     files.punch(self._fd, start, end - start)
+            os.fdatasync(self._fd)
             self._index.busy = False
             raise
         if running:
@@ -371,8 +387,10 @@ class Volume:
 
     def lease(self, image_id: str, holder: str) -> None:
         """Keep an image here for `holder` (an instance's id), durably."""
-        files.write_atomically(self._holder('leases', image_id, holder),
-                               journal.canonical({'since': time.time()}))
+        # Not while an eviction that saw no lease is under way.
+        with self._mutex:
+            files.write_atomically(self._holder('leases', image_id, holder),
+                                   journal.canonical({'since': time.time()}))
 
     def last_use(self, image_id: str) -> float:
         """When a lease of the image last began or ended (seconds since the
@@ -436,8 +454,8 @@ class Volume:
                 for image_id in image_ids:
                     self._remove_slot(image_id)
                 self._reclaim()
-            for image_id in image_ids:
-                files.remove(self.path / 'images' / image_id)
+                for image_id in image_ids:
+                    files.remove(self.path / 'images' / image_id)
             return before - self.disk_used()
 
     def _remove_slot(self, image_id: str) -> None:
@@ -459,11 +477,7 @@ class Volume:
     def _used(self) -> tuple[Offsets, list[tuple[int, int]]]:
         """All data clusters (sorted), and all places in use (sorted)."""
         data, places = [np.empty(0, np.int64)], []
-        for image_id in self.images():
-            try:
-                target = self.slot_of(image_id)
-            except exception.NotFound:
-                continue
+        for target in self._all_slots():
             data.append(target.clusters())
             start, length = target.l1_place
             places.append((start, start + length))
@@ -471,6 +485,14 @@ class Volume:
         clusters = np.unique(np.concatenate(data))
         places += _spans(clusters, self.block_size)
         return clusters, _united(places, self.block_size)
+
+    def _all_slots(self) -> Iterator[slot.Slot]:
+        """All slots of the file, also one whose description was lost."""
+        for start, end in files.data_ranges(self._fd, slot.SLOT,
+                                            slot.SLOTS_END):
+            for serial in range(start // slot.SLOT, -(-end // slot.SLOT)):
+                with contextlib.suppress(exception.NotFound):
+                    yield slot.Slot(self._fd, serial)
 
     def _reclaim(self) -> None:
         """Punch all that no slot uses; the index forgets it first."""
@@ -505,10 +527,10 @@ class Volume:
     def _find_gap(self, length: int) -> None:
         _clusters, places = self._used()
         # What this operation got before is not in the tables yet.
+        self._given.append((self._gap, self._cursor))
         places = _united([*places, *self._given], self.block_size)
         for start, end in _gaps(places, slot.DATA, self.size):
             if end - start >= length:
-                self._given.append((self._gap, self._cursor))
                 self._gap = self._cursor = start
                 self._limit = end
                 return
@@ -522,19 +544,33 @@ class Volume:
         What an operation that failed left behind is freed by the next one,
         or when the volume is opened.
         """
-        if self._index.busy:
-            LOG.info('%s: freeing what a failed operation left', self.path)
-            self._recover()
-        self._given = []
-        self._gap = self._cursor
-        self._index.busy = True
         try:
+            if self._index.busy:
+                LOG.info('%s: freeing what a failed operation left',
+                         self.path)
+                self._recover()
+            self._given = []
+            self._gap = self._cursor
+            self._index.busy = True
             yield
+            self._index.busy = False
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise exception.NoSpace(f'{self.file}: {error}') from error
             raise
-        self._index.busy = False
+        except sqlite3.OperationalError as error:
+            raise exception.NoSpace(
+                f'{self.path}/index.sqlite: {error}') from error
+        except sqlite3.DatabaseError as error:
+            LOG.warning('%s/index.sqlite is damaged (%s): rebuilding it',
+                        self.path, error)
+            self._index.close()
+            self._remove_index()
+            self._index = blockindex.BlockIndex(self.path / 'index.sqlite')
+            self._rebuild()
+            raise exception.Unavailable(
+                f'{self.path}/index.sqlite was damaged and is made anew: '
+                f'repeat') from error
 
     # Opening after a crash
 
@@ -547,8 +583,7 @@ class Volume:
             busy = self._index.busy
         except sqlite3.DatabaseError as error:
             LOG.warning('%s is damaged (%s): rebuilding it', path, error)
-            for suffix in ('', '-wal', '-shm'):
-                path.with_name(path.name + suffix).unlink(missing_ok=True)
+            self._remove_index()
             self._index = blockindex.BlockIndex(path)
             end = None
         if end is None:
@@ -560,6 +595,10 @@ class Volume:
             self._recover()
         else:
             self._end = self._cursor = end
+
+    def _remove_index(self) -> None:
+        for suffix in ('', '-wal', '-shm'):
+            (self.path / f'index.sqlite{suffix}').unlink(missing_ok=True)
 
     def _recover(self) -> None:
         """Free what an interrupted operation left."""
@@ -703,11 +742,16 @@ def _make(file: pathlib.Path, block_size: int, size: int) -> None:
 def _read_image(path: pathlib.Path) -> Image:
     try:
         raw: dict[str, Any] = json.loads(path.read_bytes())
-        return Image(str(raw['image_id']), int(raw['serial']),
-                     str(raw['manifest']), int(raw['virtual_size']))
+        found = Image(str(raw['image_id']), int(raw['serial']),
+                      str(raw['manifest']), int(raw['virtual_size']))
+        if found.image_id != path.name or not (
+                0 < found.serial < journal.SERIAL_LIMIT):
+            raise ValueError(f'{found}')
+        return found
     except FileNotFoundError:
         raise exception.NotFound(f'{path} is not there') from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError,
+            RecursionError) as error:
         raise exception.Corrupt(f'{path}: {error!r}') from error
 
 

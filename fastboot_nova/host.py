@@ -8,6 +8,7 @@ What the agent serves and ``fastbootctl`` does by hand: sync, acquire, ensure
 import concurrent.futures
 import dataclasses
 import functools
+import itertools
 import logging
 import os
 import pathlib
@@ -165,8 +166,8 @@ class Host:
         :param progress: told an image's name and bytes as they come.
         """
         state = self.mirror.refresh()
-        wanted = [state.images[one] for one in images] if images \
-            else list(state.images.values())
+        wanted = list(state.images.values()) if images is None \
+            else [journal.find(state, one) for one in images]
         fetched = 0
         for image in sorted(wanted, key=lambda one: one.serial):
             tell = functools.partial(
@@ -181,8 +182,8 @@ class Host:
         for one in self.volumes():
             gone = []
             for image in one.images().values():
-                current = state.by_serial(image.serial)
-                if image.image_id in state.images:
+                current = state.images.get(image.image_id)
+                if current and current.serial == image.serial:
                     self._follow(one, image, current)
                 elif not one.leases(image.image_id):
                     one.unpin(image.image_id)
@@ -196,10 +197,16 @@ class Host:
         return freed + self.mirror.prune(keep)
 
     def _follow(self, one: volume.Volume, image: volume.Image,
-                current: journal.Image | None) -> None:
+                current: journal.Image) -> None:
         """Take over the manifest of a repacked image: same content."""
-        if current and current.manifest != image.manifest:
-            self.mirror.read_manifest(current.manifest)
+        if current.manifest != image.manifest:
+            old = self.mirror.read_manifest(image.manifest)
+            new = self.mirror.read_manifest(current.manifest)
+            if (new.root, new.virtual_size) != (old.root, old.virtual_size):
+                LOG.error('image %s: manifest %s says other content than '
+                          'the slot has; it is not used', image.image_id,
+                          current.manifest)
+                return
             one.describe(dataclasses.replace(
                 image, manifest=current.manifest))
 
@@ -217,11 +224,14 @@ class Host:
         """
         image = self.image(image_id)
         one = self.open_volume(image.domain)
+        # A lease that was there may be a running guest's: it stays.
+        known = holder in one.leases(image.image_id)
         one.lease(image.image_id, holder)
         try:
             self.thaw(image)
         except BaseException:
-            one.release(image.image_id, holder)
+            if not known:
+                one.release(image.image_id, holder)
             raise
         self._read_ahead(one, image)
         return self.link(image.image_id)
@@ -247,14 +257,32 @@ class Host:
         :returns: bytes written.
         """
         found = self.mirror.read_manifest(image.manifest)
+        if (found.image_id, found.virtual_size) != (
+                image.image_id, image.virtual_size):
+            raise exception.Corrupt(f'manifest {image.manifest} is not of '
+                                    f'image {image.image_id}')
+        self._check_alone(image)
         one = self.open_volume(image.domain)
         one.make_slot(
             volume.Image(image.image_id, image.serial, image.manifest,
                          image.virtual_size),
-            _data_blocks(found))
+            data_blocks(found))
         frames = self.mirror.frames(found, found.boot)
         return one.fill(image.image_id, self._batches(frames, True),
                         self._pool)
+
+    def _check_alone(self, image: journal.Image) -> None:
+        """The export knows images by their ids: one content each.
+
+        :raises Invalid: an image that had the id before has a slot here.
+        """
+        for one in self.volumes():
+            known = one.image(image.image_id)
+            if known and known.serial != image.serial:
+                raise exception.Invalid(
+                    f'image {image.image_id} has the slot of serial '
+                    f'{known.serial} in {one.path}, not {image.serial}; it '
+                    f'can be used here once no guest has that one')
 
     def _batches(self, frames: list[mirror.Frame],
                  keep: bool) -> list[volume.Batch]:
@@ -314,7 +342,7 @@ class Host:
         one, image = self.find(image_id)
         found = self.mirror.read_manifest(image.manifest)
         target = one.slot_of(image_id)
-        for numbers in [found.boot, *_data_blocks(found)]:
+        for numbers in itertools.chain([found.boot], data_blocks(found)):
             missing = numbers[target.entries(numbers) == 0]
             if progress:
                 progress(self.mirror.block_size
@@ -411,10 +439,10 @@ class Host:
         found = self.mirror.read_manifest(image.manifest)
         return one.check(
             image_id, lambda numbers: self._digests(image, numbers),
-            _data_blocks(found), self._pool)
+            data_blocks(found), self._pool)
 
 
-def _data_blocks(image: manifest.Manifest) -> Iterator[blocks.Blocks]:
+def data_blocks(image: manifest.Manifest) -> Iterator[blocks.Blocks]:
     """The blocks of an image that are not zeros, ascending, in pieces."""
     for part in extents.pieces(image.extents, _PIECE):
         yield extents.expand(part)[0]

@@ -83,7 +83,9 @@ class Mirror:
         self._repository: repository.Repository | None = None
         config = path / 'config.json'
         if not config.exists():
-            files.write_atomically(config, source.get('config.json'))
+            data = source.get('config.json')
+            repository.read_config(data)
+            files.write_atomically(config, data)
         self.id, self.block_size = repository.read_config(
             config.read_bytes())
         self.state = self._saved_state()
@@ -125,8 +127,13 @@ class Mirror:
         """A manifest, local or fetched."""
         with self._mutex:
             if digest not in self._manifests:
-                self._manifests[digest] = manifest.Manifest.unpack(
+                found = manifest.Manifest.unpack(
                     self._manifest_bytes(digest), digest)
+                if found.block_size != self.block_size:
+                    raise exception.Corrupt(
+                        f'manifest {digest}: blocks of {found.block_size} '
+                        f'bytes, the repository has {self.block_size}')
+                self._manifests[digest] = found
                 if len(self._manifests) > _MANIFESTS:
                     self._manifests.popitem(last=False)
             self._manifests.move_to_end(digest)

@@ -14,6 +14,11 @@ OPTS: Final[list[Any]] = [
              'merged, because no two boots read quite the same. More boots '
              'take more time and miss fewer blocks.'),
     cfg.IntOpt(
+        'grow', default=10, min=0,
+        help='GiB by which the disk of the second boot (the fourth, ...) is '
+             'larger than the image, as the disks of most instances are: '
+             'guests then grow their file system. 0: never.'),
+    cfg.IntOpt(
         'timeout', default=600, min=1,
         help='Seconds that one boot may take. An image that has not booted '
              'by then is published without a boot set. Raise it where the '
@@ -43,16 +48,17 @@ OPTS: Final[list[Any]] = [
         help='Regular expression that the serial console is searched for. '
              'Change it for images that greet in another way.'),
     cfg.IntOpt(
-        'quiet_seconds', default=30, min=1,
-        help='Seconds without a new block after which a boot is over. Raise '
-             'it if slow guests are cut off while they compute.'),
+        'quiet_seconds', default=120, min=1,
+        help='Seconds without a new block after which a boot is over. Lower '
+             'it with "kvm"; raise it if guests are cut off while they '
+             'compute.'),
     cfg.IntOpt(
         'quiet_mib', default=8, min=0,
         help='MiB that a guest must have read before "quiet_seconds" '
-             'counts. A guest that reads less and then nothing for two '
+             'counts. A guest that reads less and then nothing for three '
              'minutes is taken for one that does not boot.'),
     cfg.IntOpt(
-        'settle_seconds', default=2, min=0,
+        'settle_seconds', default=15, min=0,
         help='Seconds that reads are still recorded for after the end of '
              'the boot. Raise it to include services that start late.'),
     cfg.StrOpt(

@@ -23,7 +23,7 @@ class Add(base.ShowOne):
                             help='raw, qcow2, vmdk, vdi or vhdx')
         parser.add_argument('--id', help='default: a new UUID')
         parser.add_argument('--name', help='default: the name of the file')
-        parser.add_argument('--format', help='the file must have this format')
+        parser.add_argument('--disk-format', help='the file must have this format')
         parser.add_argument('--visibility', default='public',
                             choices=journal.VISIBILITIES)
         parser.add_argument('--owner', default='', metavar='PROJECT',
@@ -54,7 +54,7 @@ class Add(base.ShowOne):
         request = build.Request(
             parsed_args.file.absolute(), image_id,
             parsed_args.name or parsed_args.file.stem,
-            parsed_args.visibility, parsed_args.owner, parsed_args.format,
+            parsed_args.visibility, parsed_args.owner, parsed_args.disk_format,
             not parsed_args.no_boot)
         begun = time.monotonic()
         with _Phases() as phases:

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows of results, their table, and the machine they were measured on."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import platform
+import statistics
+import subprocess
+from collections.abc import Callable, Sequence
+from typing import Any
+
+RESULTS = pathlib.Path(__file__).parent / 'results'
+
+
+@dataclasses.dataclass
+class Row:
+    """One figure and its bar; a row without a bar informs."""
+
+    name: str
+    value: float
+    unit: str
+    bar: float | None = None
+    op: str = '<='
+    runs: int = 1
+    command: str = ''
+    note: str = ''
+
+    @property
+    def ok(self) -> bool | None:
+        """Whether the bar is met."""
+        if self.bar is None:
+            return None
+        return (self.value <= self.bar if self.op == '<='
+                else self.value >= self.bar)
+
+    def as_json(self) -> dict[str, Any]:
+        """The row in the order of the published form."""
+        return {'name': self.name, 'value': self.value, 'unit': self.unit,
+                'bar': self.bar, 'op': self.op, 'ok': self.ok,
+                'runs': self.runs, 'command': self.command,
+                'note': self.note}
+
+
+class Table:
+    """The rows of a suite, printed and saved as they come."""
+
+    def __init__(self, suite: str) -> None:
+        self.suite = suite
+        self.rows: list[Row] = []
+
+    def add(self, name: str, value: float, unit: str,
+            bar: float | None = None, op: str = '<=', *, runs: int = 1,
+            note: str = '') -> None:
+        """Print a row and save all so far."""
+        row = Row(name, float(f'{value:.4g}'), unit, bar, op, runs,
+                  f'make bench SUITE={self.suite}', note)
+        self.rows.append(row)
+        self.print_row(row)
+        self.save()
+
+    def print_row(self, row: Row) -> None:
+        """One line."""
+        mark = {True: 'ok    ', False: 'MISSED', None: '      '}[row.ok]
+        bar = f'{row.op} {row.bar:g}' if row.bar is not None else ''
+        print(f'{mark} {row.name:58} {row.value:>10g} {row.unit:8} '
+              f'{bar:10} n={row.runs}  {row.note}', flush=True)
+
+    def save(self) -> None:
+        """Write ``bench/results/<suite>.json``."""
+        RESULTS.mkdir(exist_ok=True)
+        lines = [json.dumps({'machine': machine()})]
+        lines += [json.dumps(row.as_json()) for row in self.rows]
+        (RESULTS / f'{self.suite}.json').write_text(
+            '[\n' + ',\n'.join(lines) + '\n]\n')
+
+
+def machine() -> dict[str, Any]:
+    """What it was measured on."""
+    memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+    return {
+        'cpu': _cpu(), 'cpus': len(os.sched_getaffinity(0)),
+        'memory_gib': round(memory / 2**30),
+        'kernel': platform.release().split('-')[0],
+        'qemu': _first_line('qemu-img', '--version'),
+        'nbdkit': _first_line('nbdkit', '--version'),
+        'python': platform.python_version(),
+        'accelerator': 'tcg',
+    }
+
+
+def _cpu() -> str:
+    for line in pathlib.Path('/proc/cpuinfo').read_text().splitlines():
+        if line.startswith('model name'):
+            return line.partition(':')[2].strip()
+    return platform.machine()
+
+
+def _first_line(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True,
+                          check=True).stdout.splitlines()[0]
+
+
+def interleaved(runs: int, cases: dict[str, Callable[[], float]],
+                ) -> dict[str, list[float]]:
+    """Measure all cases in turn, `runs` times: noise hits all alike."""
+    measured: dict[str, list[float]] = {name: [] for name in cases}
+    for _ in range(runs):
+        for name, case in cases.items():
+            measured[name].append(case())
+    return measured
+
+
+def ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    """The ratio of medians."""
+    return statistics.median(ours) / statistics.median(theirs)
+
+
+def spread(values: Sequence[float]) -> str:
+    """Minimum, median and maximum, for a note."""
+    return (f'{min(values):.3g}/{statistics.median(values):.3g}/'
+            f'{max(values):.3g}')

@@ -1,0 +1,268 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Boots an image in the sandbox and records what it reads.
+
+The image is served read-only by nbdkit, which logs every read; the guest
+writes to an overlay that is thrown away. An image that does not boot is a
+result like any other, not an error.
+"""
+
+import contextlib
+import dataclasses
+import pathlib
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, Final
+
+import numpy
+
+from fastboot_common import configdrive, exception, nbdkit, qemu, trace
+from fastboot_glance import endings, guest
+
+#: Called now and then with the number of the boot (from 0), its seconds so
+#: far, and the bytes of different blocks that it read.
+Progress = Callable[[int, float, int], None]
+
+#: Seconds without a new block after which a guest that has hardly read
+#: anything is given up.
+STALL: Final = 180
+_TICK: Final = 0.1
+_GRAIN: Final = 64 << 10
+#: What a guest may write before it is stopped, in bytes.
+_OVERLAY: Final = 4 << 30
+_SOCKET: Final = 'nbd.sock'
+_DISK: Final = 'root.qcow2'
+_CONFIG_DRIVE: Final = 'config.iso'
+
+
+@dataclasses.dataclass(frozen=True)
+class Capture:
+    """A trace and how it came to be.
+
+    :param trace: the reads of all boots that came to their end.
+    :param state: ``booted``, ``failed`` or ``none`` (cancelled).
+    :param reason: why there is no trace, or fewer boots than asked for.
+    :param end: what ended the first boot.
+    :param seconds: of each boot, from start to end.
+    """
+
+    trace: trace.Trace
+    state: str
+    reason: str | None
+    end: str | None
+    seconds: list[float]
+    devices: str
+
+    def header(self) -> dict[str, Any]:
+        """``capture`` of the manifest's header."""
+        return {
+            'state': self.state, 'reason': self.reason, 'end': self.end,
+            'seconds': [round(value, 1) for value in self.seconds],
+            'boots': len(self.seconds), 'devices': self.devices,
+        }
+
+
+class _Cancelled(Exception):
+    """The caller has had enough."""
+
+
+class _NotBooted(Exception):
+    """The guest did not come to the end of its boot."""
+
+
+def capture(raw_path: pathlib.Path, virtual_size: int,
+            workdir: pathlib.Path, options: Any, *,
+            progress: Progress | None = None,
+            cancel: threading.Event | None = None) -> Capture:
+    """Boot an image several times and merge what it read.
+
+    :param raw_path: the image as raw bytes (:mod:`fastboot_glance.source`).
+    :param virtual_size: bytes.
+    :param workdir: a directory for overlays and logs; nothing stays there.
+    :param options: the group ``[capture]``.
+    :param progress: see :data:`Progress`.
+    :param cancel: when set, the boot is stopped and the state is ``none``.
+    :raises ConfigError: an option cannot work, or QEMU is missing.
+    """
+    boots = _Boots(raw_path, virtual_size, workdir, options,
+                   progress or _ignore, cancel or threading.Event())
+    traces, ends, seconds = [], [], []
+    state, reason = 'booted', None
+    try:
+        for number in range(options.boots):
+            reads, end, duration = boots.run(number)
+            traces.append(reads)
+            ends.append(end)
+            seconds.append(duration)
+    except _Cancelled:
+        traces, ends, seconds = [], [], []
+        state, reason = 'none', 'cancelled'
+    except _NotBooted as error:
+        state = 'booted' if traces else 'failed'
+        reason = f'boot {number + 1} of {options.boots}: {error}'
+    return Capture(trace.merge(traces), state, reason,
+                   ends[0] if ends else None, seconds, boots.devices)
+
+
+def _ignore(number: int, seconds: float, unique: int) -> None:
+    """No progress is wanted."""
+
+
+class _Meter:
+    """Counts the different blocks that a log tells of."""
+
+    def __init__(self, log: pathlib.Path, virtual_size: int) -> None:
+        self._reader = trace.LogReader(log)
+        self._size = virtual_size
+        self._seen = numpy.zeros(-(-virtual_size // _GRAIN), bool)
+        self.unique = 0
+        self.changed = time.monotonic()
+
+    def update(self) -> None:
+        """Look at what came since.
+
+        :raises Corrupt: the log makes no sense, or is too long.
+        """
+        blocks = trace.boot_set(self._reader.read(), _GRAIN, self._size)
+        self._seen[blocks] = True
+        unique = int(self._seen.sum()) * _GRAIN if len(blocks) else 0
+        if unique > self.unique:
+            self.unique = unique
+            self.changed = time.monotonic()
+
+
+class _Boots:
+    """Boots of one image."""
+
+    def __init__(self, raw_path: pathlib.Path, virtual_size: int,
+                 workdir: pathlib.Path, options: Any, progress: Progress,
+                 cancel: threading.Event) -> None:
+        self._raw_path = raw_path
+        self._size = virtual_size
+        self._workdir = workdir
+        self._options = options
+        self._progress = progress
+        self._cancel = cancel
+        self._sandbox = guest.Sandbox(options.user)
+        self._config = qemu.Config(
+            disk=qemu.file_disk(_DISK, 'qcow2'), memory=options.memory,
+            vcpus=options.vcpus, accelerator=options.accelerator,
+            cache='unsafe',
+            config_drive=_CONFIG_DRIVE if options.config_drive else None)
+        self.devices = self._config.devices()
+
+    def run(self, number: int) -> tuple[trace.Trace, str, float]:
+        """One boot: its reads, what ended it, and its seconds.
+
+        :raises _NotBooted: it did not come to its end.
+        :raises _Cancelled: the caller wants no more.
+        """
+        drivers = endings.load(self._options)
+        try:
+            with self._served() as (room, log):
+                self._furnish(room, self._disk_size(number))
+                with qemu.Machine(self._config, room,
+                                  self._prefix()) as machine:
+                    watch = _Watch(machine, _Meter(log, self._size), drivers,
+                                   self._options, self._cancel)
+                    end, seconds = watch.run(
+                        lambda *seen: self._progress(number, *seen))
+                return trace.parse_log(log), end, seconds
+        except (exception.CommandFailed, exception.Corrupt) as error:
+            raise _NotBooted(str(error)) from error
+
+    @contextlib.contextmanager
+    def _served(self) -> Iterator[tuple[pathlib.Path, pathlib.Path]]:
+        """A directory for one boot, with the image behind a socket in it.
+
+        The log of the reads is out of the sandbox's reach, one level up.
+        """
+        with tempfile.TemporaryDirectory(
+                dir=self._workdir, prefix='boot-') as name:
+            log = pathlib.Path(name, 'reads.log')
+            room = pathlib.Path(name, 'guest')
+            room.mkdir(0o700)
+            with nbdkit.Tap(self._raw_path, room / _SOCKET, log):
+                yield room, log
+
+    def _disk_size(self, number: int) -> int:
+        """Bytes of the disk in a boot: every second one has a larger disk.
+
+        Most instances have one. Their guests grow partition and file system
+        at the first start, and so read what the others never read.
+        """
+        grown: int = self._options.grow << 30
+        return self._size + (grown if number % 2 else 0)
+
+    def _furnish(self, room: pathlib.Path, size: int) -> None:
+        """Make what the machine needs, and give it to the sandbox."""
+        qemu.create_overlay(room / _DISK, f'nbd+unix:///?socket={_SOCKET}',
+                            'raw', size)
+        if self._options.config_drive:
+            configdrive.build(room / _CONFIG_DRIVE)
+        self._sandbox.own(room)
+
+    def _prefix(self) -> list[str]:
+        options = self._options
+        limits = guest.Limits(
+            memory=(options.memory << 20) + qemu.OVERHEAD,
+            file_size=_OVERLAY,
+            cpu_seconds=(options.timeout + 60) * (options.vcpus + 1))
+        return self._sandbox.prefix(
+            limits, kvm=options.accelerator == 'kvm')
+
+
+class _Watch:
+    """Looks at one guest until its boot is over."""
+
+    def __init__(self, machine: qemu.Machine, meter: _Meter,
+                 drivers: dict[str, endings.Ending], options: Any,
+                 cancel: threading.Event) -> None:
+        self._machine = machine
+        self._meter = meter
+        self._drivers = drivers
+        self._options = options
+        self._cancel = cancel
+        self._start = time.monotonic()
+
+    def run(self, progress: Callable[[float, int], None]
+            ) -> tuple[str, float]:
+        """Wait for the end, then for the reads behind it.
+
+        :returns: the driver's name, and the seconds until it spoke.
+        """
+        console = b''
+        while True:
+            console = console[-endings.CONSOLE:] + self._machine.console()
+            view = self._look(console)
+            progress(view.seconds, view.unique)
+            for name, driver in self._drivers.items():
+                if driver.over(view):
+                    self._wait(self._options.settle_seconds)
+                    return name, view.seconds
+            self._check(view)
+            self._wait(_TICK)
+
+    def _look(self, console: bytes) -> endings.View:
+        self._meter.update()
+        now = time.monotonic()
+        return endings.View(now - self._start, self._machine.agent, console,
+                            self._meter.unique, now - self._meter.changed)
+
+    def _check(self, view: endings.View) -> None:
+        if not self._machine.alive():
+            raise _NotBooted(
+                f'the machine stopped: {self._machine.words().strip()}')
+        if view.seconds > self._options.timeout:
+            raise _NotBooted(
+                f'no end in {self._options.timeout} seconds')
+        if (view.unique < self._options.quiet_mib << 20
+                and view.idle > STALL):
+            raise _NotBooted(
+                f'it read {view.unique} bytes, then nothing for {STALL} '
+                f'seconds; is there a boot loader for BIOS?')
+
+    def _wait(self, seconds: float) -> None:
+        if self._cancel.wait(seconds):
+            raise _Cancelled

@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The sandbox around every program that meets an uploaded image.
+
+No network, no privileges, another user, a process tree of its own that dies
+with its parent, and limits on memory, files and time. It hides no files: the
+user sees what everybody on the host sees. Programs get their working
+directory open, so the directories above it may be closed to that user.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import logging
+import os
+import pathlib
+import pwd
+import stat
+import subprocess
+from collections.abc import Sequence
+from typing import Final
+
+from fastboot_common import exception
+
+LOG: Final = logging.getLogger(__name__)
+
+_OPEN_FILES: Final = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What a program may use at most.
+
+    :param memory: bytes of address space.
+    :param file_size: bytes that any file it writes may have.
+    :param cpu_seconds: seconds on all its processors together.
+    """
+
+    memory: int
+    file_size: int
+    cpu_seconds: int
+
+    def command(self) -> list[str]:
+        """The limits as a command in front of another."""
+        return [
+            'prlimit', f'--as={self.memory}', f'--fsize={self.file_size}',
+            f'--cpu={self.cpu_seconds}', f'--nofile={_OPEN_FILES}',
+            '--core=0', '--',
+        ]
+
+
+class Sandbox:
+    """Runs programs as `user`, if we may; as ourselves if not.
+
+    :param user: name of an account; used only if we are root.
+    :raises ConfigError: there is no such account, or it is root's.
+    """
+
+    def __init__(self, user: str = 'nobody') -> None:
+        self._root = os.geteuid() == 0
+        if not self._root:
+            return
+        try:
+            self._account = pwd.getpwnam(user)
+        except KeyError:
+            raise exception.ConfigError(
+                f'no account {user!r}; create it or set [capture] user'
+            ) from None
+        if self._account.pw_uid == 0:
+            raise exception.ConfigError(
+                '[capture] user must not be root: uploaded images run as it')
+
+    def prefix(self, limits: Limits, *, kvm: bool = False) -> list[str]:
+        """The command to put in front of a program's.
+
+        :param kvm: the program needs ``/dev/kvm``.
+        """
+        return [
+            'setpriv', '--pdeathsig', 'KILL', '--',
+            *_namespaces(self._root),
+            # Again, because a change of user forgets it.
+            'setpriv', '--pdeathsig', 'KILL', '--no-new-privs',
+            *(self._user(kvm) if self._root else ()), '--',
+            *limits.command(),
+        ]
+
+    def _user(self, kvm: bool) -> list[str]:
+        group = _kvm_group() if kvm else None
+        return [
+            f'--reuid={self._account.pw_uid}',
+            f'--regid={self._account.pw_gid}',
+            f'--groups={group}' if group else '--clear-groups',
+            '--bounding-set=-all', '--inh-caps=-all',
+        ]
+
+    def own(self, path: pathlib.Path) -> None:
+        """Give a file, or a directory and what is in it, to the user."""
+        if not self._root:
+            return
+        ids = (self._account.pw_uid, self._account.pw_gid)
+        for directory, _, files in os.walk(path):
+            for name in files:
+                os.lchown(os.path.join(directory, name), *ids)
+            os.lchown(directory, *ids)
+        if not path.is_dir():
+            os.lchown(path, *ids)
+
+
+@functools.cache
+def _namespaces(root: bool) -> Sequence[str]:
+    """``unshare`` with all the namespaces that this host permits.
+
+    A service that is not root has namespaces only where the kernel lets
+    users make their own.
+    """
+    spaces = ['--net', '--pid', '--ipc', '--uts', '--fork', '--kill-child']
+    user = () if root else ('--map-current-user',)
+    command = ['unshare', *user, *spaces, '--']
+    done = subprocess.run([*command, 'true'], capture_output=True,
+                          check=False, timeout=30)
+    if done.returncode == 0:
+        return command
+    LOG.warning('This host permits no namespaces; uploaded images run with '
+                'limits only: %s', done.stderr.decode(errors='replace'))
+    return []
+
+
+def _kvm_group() -> int | None:
+    """The group that may open ``/dev/kvm``, if it is not root's."""
+    with contextlib.suppress(OSError):
+        status = os.stat('/dev/kvm')
+        if status.st_mode & stat.S_IWGRP and status.st_gid:
+            return status.st_gid
+    return None

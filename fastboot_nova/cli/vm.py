@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``fastbootctl vm run``."""
+
+import argparse
+import pathlib
+import re
+import shutil
+import sys
+import tempfile
+import time
+from typing import Any
+
+from fastboot_common import (
+    chain,
+    configdrive,
+    exception,
+    journal,
+    qemu,
+    trace,
+)
+from fastboot_common.cli import base
+from fastboot_nova import node
+from fastboot_nova.cli.base import open_host
+
+
+class Run(base.ShowOne):
+    """Boot a guest of an image from the volume; its console is printed.
+
+    Without --keep the guest's disk is thrown away when it ends.
+    """
+
+    def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
+        """Its arguments."""
+        parser: argparse.ArgumentParser = super().get_parser(prog_name)
+        parser.add_argument('image', help='id, or a name that only one has')
+        parser.add_argument('--name', help='of the guest (default: vm)',
+                            default='vm')
+        parser.add_argument('--memory', type=int, metavar='MIB',
+                            help='overrides [capture] memory')
+        parser.add_argument('--vcpus', type=int, metavar='N',
+                            help='overrides [capture] vcpus')
+        parser.add_argument('--disk-gib', type=float, metavar='GIB',
+                            help='size of the disk, if larger than the image')
+        parser.add_argument('--cache', default='writeback',
+                            choices=['writeback', 'none', 'unsafe'],
+                            help='cache mode of the disk (default: '
+                                 'writeback)')
+        parser.add_argument('--timeout', type=float, default=600,
+                            metavar='SECONDS', help='end of the guest')
+        parser.add_argument('--until-prompt', action='store_true',
+                            help='end when the login prompt is there')
+        parser.add_argument('--no-config-drive', action='store_true',
+                            help='boot without a config drive')
+        parser.add_argument('--keep', action='store_true',
+                            help='keep the disk, and use one that was kept')
+        parser.add_argument('--quiet-console', action='store_true',
+                            help='do not print what the guest prints')
+        return parser
+
+    def take_action(self, parsed_args: argparse.Namespace) -> Any:
+        """Run it and say what it cost."""
+        env = self.env
+        name = journal.validate_image_id(parsed_args.name)
+        directory = env.state_dir / 'vms' / name
+        directory.mkdir(parents=True, exist_ok=True, mode=0o750)
+        log = directory / 'misses.log'
+        log.unlink(missing_ok=True)
+        try:
+            with open_host(env) as host, node.Node(
+                    host, env.run, socket=env.shield_socket,
+                    wait=env.conf.export.wait,
+                    shield_wait=env.conf.export.shield_wait,
+                    group=env.conf.export.group, log=log):
+                return self._run_guest(parsed_args, host, directory, log)
+        finally:
+            if not parsed_args.keep:
+                shutil.rmtree(directory, ignore_errors=True)
+
+    def _run_guest(self, args: argparse.Namespace, host: Any,
+                   directory: pathlib.Path, log: pathlib.Path) -> Any:
+        begun = time.monotonic()
+        image = host.image(args.image)
+        link = host.acquire(image.image_id, args.name)
+        acquired = time.monotonic() - begun
+        try:
+            disk = _disk(directory, link, args.disk_gib)
+            config = self._config(args, directory, disk)
+            with tempfile.TemporaryDirectory(dir=directory) as room, \
+                    qemu.Machine(config, pathlib.Path(room)) as machine:
+                prompt = self._follow(machine, args)
+        finally:
+            if not args.keep:
+                host.release(image.image_id, args.name)
+        missed = trace.parse_log(log)
+        return self.dict2columns({
+            'image': image.image_id,
+            'complete': link.complete is not None,
+            'acquire_seconds': round(acquired, 3),
+            'prompt_seconds': prompt and round(prompt, 1),
+            'missed_reads': len(missed),
+            'missed_bytes': int(missed['length'].sum()),
+        })
+
+    def _config(self, args: argparse.Namespace, directory: pathlib.Path,
+                disk: pathlib.Path) -> qemu.Config:
+        options = self.env.conf.capture
+        drive = None
+        if options.config_drive and not args.no_config_drive:
+            drive = str(directory / 'config.iso')
+            configdrive.build(pathlib.Path(drive), args.name)
+        return qemu.Config(
+            disk=qemu.file_disk(str(disk), 'qcow2'),
+            memory=args.memory or options.memory,
+            vcpus=args.vcpus or options.vcpus,
+            accelerator=options.accelerator, cache=args.cache,
+            config_drive=drive)
+
+    def _follow(self, machine: qemu.Machine,
+                args: argparse.Namespace) -> float | None:
+        """Print the console; the seconds to the prompt, if it came."""
+        begun = time.monotonic()
+        pattern = re.compile(self.env.conf.capture.console_pattern.encode())
+        seen, prompt = b'', None
+        while time.monotonic() - begun < args.timeout:
+            running = machine.alive()
+            piece = machine.console()
+            if not args.quiet_console:
+                sys.stderr.buffer.write(piece)
+                sys.stderr.flush()
+            seen = (seen + piece)[-4096:]
+            if prompt is None and pattern.search(seen):
+                prompt = time.monotonic() - begun
+                if args.until_prompt:
+                    break
+            if not running:
+                break
+            time.sleep(0.05)
+        if args.until_prompt and prompt is None:
+            raise exception.Unavailable(
+                f'no login prompt within {args.timeout:.0f} seconds; QEMU '
+                f'said: {machine.words() or "nothing"}')
+        return prompt
+
+
+def _disk(directory: pathlib.Path, link: chain.Link,
+          gib: float | None) -> pathlib.Path:
+    """The guest's overlay and its stub, new or kept."""
+    disk, stub = directory / 'disk.qcow2', directory / 'stub.qcow2'
+    if not disk.exists():
+        size = max(link.virtual_size, int((gib or 0) * 2**30))
+        chain.make_stub(stub, link)
+        chain.make_disk(disk, stub, size)
+    return disk
