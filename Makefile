@@ -32,7 +32,8 @@ test-all: test
 
 bench:
 	@tools/prepare test bench
-	.venv/bin/python -m bench --state-dir $(STATE)/bench
+	.venv/bin/python -m bench --state-dir $(STATE)/bench \
+		$(if $(SUITE),--suite $(SUITE))
 
 docs:
 	@tools/prepare

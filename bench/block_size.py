@@ -8,6 +8,7 @@ of a boot from volumes with such clusters.
 
 import collections
 import concurrent.futures
+import functools
 import hashlib
 import pathlib
 import shutil
@@ -17,6 +18,7 @@ import zstandard
 
 from bench import lab as labs
 from bench import result
+from bench.lab import MAIN
 from fastboot_common import (
     blocks,
     chain,
@@ -31,7 +33,6 @@ from fastboot_nova import host as hosts
 from fastboot_nova import node
 
 SIZES = (4096, 8192, 16384, 32768, 65536, 131072)
-MAIN = 'deb12'
 
 
 def run(table: result.Table, path: pathlib.Path, runs: int,
@@ -114,10 +115,10 @@ def _replays(table: result.Table, lab: labs.Lab, runs: int) -> None:
         if not cold:
             for disk in disks.values():
                 replay(disk, False)
-        times = result.interleaved(runs, {
-            str(size): lambda size=size: replay(disks[size], cold)
-            for size in sizes} | {
-                'stock': lambda: replay(lab.stock(MAIN), cold)})
+        cases = {str(size): functools.partial(replay, disk, cold)
+                 for size, disk in disks.items()}
+        cases['stock'] = functools.partial(replay, lab.stock(MAIN), cold)
+        times = result.interleaved(runs, cases)
         for name, values in times.items():
             label = f'{int(name) >> 10:3} KiB' if name != 'stock' else name
             table.add(f'replay {"cold" if cold else "warm"}, {label}',

@@ -2,11 +2,11 @@
 """Suite ``core``: boot, replay, thaw, publish, export, state."""
 
 import contextlib
+import hashlib
 import json
 import os
 import pathlib
 import re
-import resource
 import shutil
 import subprocess
 import sys
@@ -19,6 +19,7 @@ import numpy as np
 
 from bench import lab as labs
 from bench import result, squirrel
+from bench.lab import MAIN
 from fastboot_common import (
     configdrive,
     extents,
@@ -33,7 +34,6 @@ from fastboot_common import (
 from fastboot_common.store.local import LocalStore
 from fastboot_nova import host as hosts
 
-MAIN = 'deb12'
 Measure = Callable[['Bench'], None]
 
 
@@ -369,7 +369,7 @@ def export(bench: Bench) -> None:
         host.hydrate(MAIN)
         ours = f'nbd+unix:///{MAIN}?socket={lab.path}/run/export.sock'
         theirs = f'nbd+unix:///?socket={sockets}'
-        with nbdkit.File(lab.raw(MAIN), sockets):
+        with nbdkit.Server(sockets, ['file', str(lab.raw(MAIN))]):
             for name, options, key, bar in (
                     ('sequential at 128 KiB',
                      ['--rw=read', '--bs=128k', '--iodepth=4'], 'bw', 0.75),
@@ -419,7 +419,6 @@ def derived(bench: Bench) -> None:
 
 
 def _raw_blocks(path: pathlib.Path) -> set[bytes]:
-    import hashlib
     seen = set()
     with path.open('rb') as file:
         while data := file.read(1 << 20):
@@ -451,8 +450,3 @@ def state(bench: Bench) -> None:
     figures = upkeep.statistics(bench.lab.repository())
     bench.table.add('dedup x compression of the 8 images',
                     figures['combined_ratio'], 'ratio', note=str(figures))
-
-
-def peak_memory() -> int:
-    """Bytes that this process had at most."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

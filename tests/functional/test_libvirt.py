@@ -12,10 +12,10 @@ import time
 from collections.abc import Iterator
 from xml.etree import ElementTree
 
+import bootsector
 import numpy as np
 import pytest
 
-import bootsector
 from fastboot_common import (
     chain,
     extents,
