@@ -201,6 +201,7 @@ def gather(repository: Repository, images: Sequence[str] | None = None,
     rows = [_image(one, size, stored[number])
             for number, one in enumerate(drawn)]
     matrix = {name: _matrix(found, size) for name, found in sets.items()}
+    origins = {source['origin'] for row in rows for source in row['sources']}
     return {
         'made': datetime.datetime.now(datetime.UTC).isoformat(
             timespec='seconds'),
@@ -210,19 +211,29 @@ def gather(repository: Repository, images: Sequence[str] | None = None,
             'packs': len(state.packs),
             'pack_bytes': sum(state.packs.values()),
         },
-        'totals': {
-            'virtual_bytes': sum(row['virtual_bytes'] for row in rows),
-            'data_bytes': sum(row['data_bytes'] for row in rows),
-            'unique_bytes': matrix['whole']['union_bytes'],
-            'stored_bytes': whole,
-            'boot_bytes': sum(row['boot_bytes'] for row in rows),
-            'boot_unique_bytes': matrix['boot']['union_bytes'],
-            'boot_stored_bytes': boot,
-        },
-        'origins': {str(serial): about
-                    for serial, about in packs.images.items()},
+        'totals': _totals(rows, matrix, boot, whole),
+        # Of other images, which may be private, not even the names.
+        'origins': {str(origin): packs.images[origin]
+                    for origin in origins if origin != _REPACKED},
         'images': rows, 'matrix': matrix,
         'boots': boots or [], 'bench': bench or [],
+    }
+
+
+def _totals(rows: list[dict[str, Any]], matrix: dict[str, Any],
+            boot: int, whole: int) -> dict[str, int]:
+    """The sums of all images that are drawn.
+
+    :param boot: compressed bytes of all boot sets together.
+    :param whole: compressed bytes of all images together.
+    """
+    return {
+        **{name: sum(row[name] for row in rows)
+           for name in ('virtual_bytes', 'data_bytes', 'boot_bytes')},
+        'unique_bytes': matrix['whole']['union_bytes'],
+        'stored_bytes': whole,
+        'boot_unique_bytes': matrix['boot']['union_bytes'],
+        'boot_stored_bytes': boot,
     }
 
 
@@ -417,9 +428,9 @@ def read_boots(path: pathlib.Path) -> list[dict[str, Any]]:
 def read_bench(directory: pathlib.Path) -> list[dict[str, Any]]:
     """Results of benchmarks: every ``*.json`` in a directory, by name.
 
-    A JSON object with ``title`` and ``results``, a list of objects with
-    ``name``, ``value``, ``unit``, and if known ``target`` (a number in that
-    unit, or words) and ``ok`` (whether it was reached).
+    A list of objects with ``name``, ``value``, ``unit``, and if known
+    ``bar`` (a number in that unit), ``op`` (how the value compares to a good
+    one) and ``ok``; an object without ``value`` describes the machine.
 
     :raises NotFound: there is no such directory.
     :raises Invalid: a file is something else.
@@ -429,10 +440,10 @@ def read_bench(directory: pathlib.Path) -> list[dict[str, Any]]:
     found = []
     for path in sorted(directory.glob('*.json')):
         try:
-            document = _load(path)
-            found.append({
-                'title': str(document.get('title') or path.stem),
-                'results': [_result(row) for row in document['results']]})
+            rows = [row for row in _list(_load(path))
+                    if 'machine' not in row]
+            found.append({'title': path.stem,
+                          'results': [_result(row) for row in rows]})
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise exception.Invalid(
                 f'{path}: no results of a benchmark: {error!r}') from error
@@ -440,14 +451,21 @@ def read_bench(directory: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def _result(row: dict[str, Any]) -> dict[str, Any]:
-    target, ok = row.get('target'), row.get('ok')
+    bar, ok = row.get('bar'), row.get('ok')
     return {
         'name': str(row['name']), 'value': _number(row['value']),
         'unit': str(row.get('unit') or ''),
-        'target': target if target is None or _is_number(target)
-        else str(target),
+        'bar': None if bar is None else _number(bar),
+        'op': '≥' if row.get('op') == '>=' else '≤',
         'ok': ok if isinstance(ok, bool) else None,
     }
+
+
+def _list(document: Any) -> list[dict[str, Any]]:
+    if not isinstance(document, list) or not all(
+            isinstance(row, dict) for row in document):
+        raise ValueError('not a list of objects')
+    return document
 
 
 def _load(path: pathlib.Path) -> Any:
@@ -457,6 +475,8 @@ def _load(path: pathlib.Path) -> Any:
         return json.loads(path.read_bytes())
     except FileNotFoundError:
         raise exception.NotFound(f'there is no file {path}') from None
+    except RecursionError:
+        raise ValueError('nested too deeply') from None
 
 
 def _number(value: Any) -> float:

@@ -37,7 +37,10 @@ _VMDK_TYPES: Final = ('monolithicSparse', 'streamOptimized')
 #: Incompatible features of qcow2 that may be set: dirty, corrupt,
 #: compression type, extended L2. The inspector does not know the last one.
 _QCOW2_FEATURES: Final = 0b11011
-_QCOW2_OFFSET: Final = 72
+#: Where fields of its header lie.
+_QCOW2_VERSION: Final = slice(4, 8)
+_QCOW2_CRYPT: Final = slice(32, 36)
+_QCOW2_INCOMPATIBLE: Final = slice(72, 80)
 _CHECKED: Final = (0, 3, 63)  # sound; leaks only; the format has no check
 _MEMORY: Final = 2 << 30
 _SOCKET: Final = 'source.sock'
@@ -99,13 +102,19 @@ def _check_safety(inspector: Any, name: str) -> None:
         if reasons:
             raise exception.ImageRejected(
                 f'{name}: {"; ".join(reasons.values())}') from error
+    if str(inspector) == 'qcow2' and any(_header(inspector)[_QCOW2_CRYPT]):
+        raise exception.ImageRejected(f'{name}: the image is encrypted')
+
+
+def _header(inspector: Any) -> bytes:
+    return bytes(inspector.region('header').data)
 
 
 def _known_features(inspector: Any) -> bool:
-    header = bytes(inspector.region('header').data)
-    features = header[_QCOW2_OFFSET:_QCOW2_OFFSET + 8]
-    return (int.from_bytes(header[4:8], 'big') == 3
-            and not int.from_bytes(features, 'big') & ~_QCOW2_FEATURES)
+    header = _header(inspector)
+    features = int.from_bytes(header[_QCOW2_INCOMPATIBLE], 'big')
+    return (int.from_bytes(header[_QCOW2_VERSION], 'big') == 3
+            and not features & ~_QCOW2_FEATURES)
 
 
 @contextlib.contextmanager
@@ -196,7 +205,7 @@ class _Copy:
             found = qemu.info(self._image, prefix=self._prefix(0, 60),
                               cwd=self._guest)
         except exception.CommandFailed as error:
-            raise self._rejected(error.words) from error
+            raise self._rejected(str(error)) from error
         details = found.get('format-specific', {}).get('data', {})
         if 'backing-filename' in found:
             raise self._rejected('the image has a backing file')
@@ -219,7 +228,7 @@ class _Copy:
                        cwd=self._guest)
         except exception.CommandFailed as error:
             if error.status not in _CHECKED:
-                raise self._rejected(error.words) from error
+                raise self._rejected(str(error)) from error
 
     def convert(self, size: int, timeout: float,
                 cancel: threading.Event) -> None:
@@ -246,7 +255,8 @@ class _Copy:
         if 'No space left' in said:
             raise exception.NoSpace(f'{self._room}: no room for a raw copy')
         if process.returncode:
-            raise self._rejected(said)
+            raise self._rejected(str(exception.CommandFailed(
+                command, process.returncode, said)))
 
     def _wait(self, process: 'subprocess.Popen[bytes]', command: list[str],
               timeout: float, cancel: threading.Event) -> None:

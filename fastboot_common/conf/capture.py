@@ -58,9 +58,11 @@ OPTS: Final[list[Any]] = [
              'counts. A guest that reads less and then nothing for three '
              'minutes is taken for one that does not boot.'),
     cfg.IntOpt(
-        'settle_seconds', default=15, min=0,
+        'settle_seconds', default=20, min=0,
         help='Seconds that reads are still recorded for after the end of '
-             'the boot. Raise it to include services that start late.'),
+             'the boot. A guest agent answers some seconds before the login '
+             'prompt comes: lower it only where guests run fast. Raise it '
+             'to include services that start late.'),
     cfg.StrOpt(
         'user', default='nobody',
         help='Account that QEMU runs as if the builder runs as root. Use one '

@@ -214,6 +214,7 @@ def test_config_drive_content(tmp_path):
     assert found[0]['uuid'] != found[1]['uuid']
 
 
+@as_root
 def test_unknown_user():
     with pytest.raises(exception.ConfigError):
         guest.Sandbox('no-such-account')

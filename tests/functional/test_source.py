@@ -173,20 +173,19 @@ def test_qcow2_data_file(tmp_path, content, work):
     refuse(image, work, 'data_file')
 
 
-def test_qcow2_encrypted(tmp_path, work):
-    image = tmp_path / 'image'
-    run('qemu-img', 'create', '-f', 'qcow2', '--object',
-        'secret,id=key,data=x', '-o',
-        'encrypt.format=luks,encrypt.key-secret=key,'
-        'encrypt.iter-time=10', str(image), '4M')
+@pytest.mark.parametrize('method', [1, 2])
+def test_qcow2_encrypted(tmp_path, content, work, method):
+    image = make(tmp_path, content, 'qcow2')
+    with image.open('r+b') as header:
+        header.seek(32)
+        header.write(struct.pack('>I', method))
     refuse(image, work, 'encrypted')
 
 
 def test_luks(tmp_path, work):
+    # Made by hand: qemu-img measures CPU time for it, and may fail at that.
     image = tmp_path / 'image'
-    run('qemu-img', 'create', '-f', 'luks', '--object',
-        'secret,id=key,data=x', '-o', 'key-secret=key,iter-time=10',
-        str(image), '4M')
+    image.write_bytes(b'LUKS\xba\xbe\0\1' + bytes(4 << 20))
     refuse(image, work, 'luks')
     refuse(image, work, 'luks', 'raw')
 
