@@ -39,7 +39,7 @@ def run(table: result.Table, path: pathlib.Path, runs: int,
         only: str | None) -> None:
     """Measure all sizes."""
     lab = labs.Lab(path)
-    lab.repository()
+    lab.open_repository()
     for size in SIZES:
         for what in ('boot sets', 'images'):
             _similarity(table, lab, size, what)
@@ -74,7 +74,7 @@ def _similarity(table: result.Table, lab: labs.Lab, size: int,
 
 
 def _boot(lab: labs.Lab, name: str, size: int) -> list[int]:
-    found = lab.repository()
+    found = lab.open_repository()
     image = found.read_manifest(found.image(name).manifest)
     numbers: list[int] = trace.boot_set(
         image.trace, size, image.virtual_size).tolist()
@@ -102,7 +102,7 @@ def _digests(raw: pathlib.Path, numbers: list[int] | None,
 
 
 def _replays(table: result.Table, lab: labs.Lab, runs: int) -> None:
-    reads, virtual_size = lab.trace(MAIN)
+    reads, virtual_size = lab.reads(MAIN)
 
     def replay(options: list[str], cold: bool) -> float:
         if cold:
@@ -134,7 +134,7 @@ def _disk(lab: labs.Lab, size: int) -> list[str]:
     store = LocalStore(room / 'repository')
     repository.init(store, size)
     found = repository.Repository(store)
-    main = lab.repository()
+    main = lab.open_repository()
     image = main.read_manifest(main.image(MAIN).manifest)
     publish.Publisher(found, room / 'cache').publish(
         lab.raw(MAIN), manifest.Manifest(

@@ -49,7 +49,7 @@ class Bench:
 
     def replay(self, options: list[str], name: str) -> float:
         """Seconds that QEMU's block layer takes for an image's boot."""
-        reads, size = self.lab.trace(name)
+        reads, size = self.lab.reads(name)
         return trace.replay(options, reads, size, 300).seconds
 
     def cold(self, options: list[str], name: str) -> float:
@@ -75,7 +75,7 @@ def boots(bench: Bench) -> None:
     log = lab.path / 'run' / 'misses.log'
     options = lab.conf.capture
     pattern = re.compile(options.console_pattern.encode())
-    with lab.host('host-boots') as host:
+    with lab.open_host('host-boots') as host:
         host.sync()
         for _ in range(5):
             disk = lab.disk(host, MAIN)[-1]
@@ -111,7 +111,7 @@ def _prompt(machine: qemu.Machine, pattern: 're.Pattern[bytes]') -> float:
 def replays(bench: Bench) -> None:
     """The boot's reads through QEMU's block layer."""
     lab, table = bench.lab, bench.table
-    with lab.host() as host:
+    with lab.open_host() as host:
         host.sync()
         ours = lab.disk(host, MAIN)
         stock, raw = lab.stock(MAIN), lab.plain(MAIN)
@@ -176,7 +176,7 @@ def _eight(bench: Bench, host: hosts.Host) -> None:
 
     names = labs.NAMES
     for name in names:
-        lab.trace(name)
+        lab.reads(name)
     times = result.interleaved(bench.runs, {
         'ours': lambda: all_of('ours', ours, names),
         'stock': lambda: all_of('stock', stock, names)})
@@ -202,7 +202,7 @@ def _eight(bench: Bench, host: hosts.Host) -> None:
 def contention(bench: Bench) -> None:
     """A cold replay beside a busy disk, and with too little memory."""
     lab = bench.lab
-    with lab.host() as host:
+    with lab.open_host() as host:
         host.sync()
         ours, stock = lab.disk(host, MAIN), lab.stock(MAIN)
         with _busy_disk(bench.path):
@@ -272,7 +272,7 @@ def thaw(bench: Bench) -> None:
     path = lab.path / 'host-thaw'
     for _ in range(bench.runs):
         shutil.rmtree(path, ignore_errors=True)
-        with hosts.Host(path, lab.repository().store,
+        with hosts.Host(path, lab.open_repository().store,
                         socket=path / 'nbd.sock') as host:
             image = host_image(host)
             host.sync([image.image_id])
@@ -362,7 +362,7 @@ def export(bench: Bench) -> None:
     """The export beside nbdkit's file plugin."""
     lab = bench.lab
     sockets = lab.path / 'run' / 'file.sock'
-    with lab.host('host-export') as host:
+    with lab.open_host('host-export') as host:
         host.sync()
         image = host.image(MAIN)
         host.thaw(image)
@@ -402,7 +402,7 @@ def _fio(uri: str, options: list[str], key: str) -> float:
 def derived(bench: Bench) -> None:
     """What a derived image adds."""
     lab = bench.lab
-    found = lab.repository()
+    found = lab.open_repository()
     size = found.block_size
     base = _raw_blocks(lab.raw(MAIN))
     for name in labs.DERIVED:
@@ -447,6 +447,6 @@ def _added(lab: labs.Lab, name: str) -> tuple[int, int]:
 def state(bench: Bench) -> None:
     """607 images as Squirrel had them."""
     squirrel.measure(bench.table, bench.path)
-    figures = upkeep.statistics(bench.lab.repository())
+    figures = upkeep.statistics(bench.lab.open_repository())
     bench.table.add('dedup x compression of the 8 images',
                     figures['combined_ratio'], 'ratio', note=str(figures))

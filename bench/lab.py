@@ -77,7 +77,7 @@ class Lab:
             part.rename(file)
         return file
 
-    def repository(self) -> repository.Repository:
+    def open_repository(self) -> repository.Repository:
         """A repository in which all images are registered."""
         store = LocalStore(self._directory('repository'))
         with contextlib.suppress(exception.Exists):
@@ -106,10 +106,10 @@ class Lab:
         return path
 
     @contextlib.contextmanager
-    def host(self, name: str = 'host') -> Iterator[host.Host]:
+    def open_host(self, name: str = 'host') -> Iterator[host.Host]:
         """A host that follows the repository, with its export running."""
         run = self._directory('run')
-        with host.Host(self.path / name, self.repository().store,
+        with host.Host(self.path / name, self.open_repository().store,
                        socket=run / 'nbd.sock') as found:
             with node.Node(found, run, socket=run / 'nbd.sock', wait=25,
                            shield_wait=4, log=run / 'misses.log'):
@@ -136,9 +136,9 @@ class Lab:
         """qemu-io's arguments for the raw file."""
         return ['-f', 'raw', str(self.raw(name))]
 
-    def trace(self, name: str) -> tuple[trace.Trace, int]:
+    def reads(self, name: str) -> tuple[trace.Trace, int]:
         """The reads of the image's first boot, and the disk's bytes."""
-        found = self.repository()
+        found = self.open_repository()
         manifest = found.read_manifest(found.image(name).manifest)
         reads = manifest.trace[manifest.trace['boot'] == 0]
         return np.asarray(reads), manifest.virtual_size

@@ -73,27 +73,26 @@ def _complete(name: str, file: int, digest: str, source: Source,
 @contextlib.contextmanager
 def _locked(part: pathlib.Path) -> Iterator[int]:
     """Open `part` for us alone."""
-    file = _open(part)
-    try:
-        while not _is_at(file, part):
-            # Between our open and our lock, who had it gave it its name.
+    while True:
+        file = os.open(
+            part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW,
+            files.MODE)
+        try:
+            _lock(file, part)
+            # Else who had it published or removed it between our open and
+            # our lock.
+            if _is_at(file, part):
+                yield file
+                return
+        finally:
             os.close(file)
-            file = _open(part)
-        yield file
-    finally:
-        os.close(file)
 
 
-def _open(part: pathlib.Path) -> int:
-    file = os.open(
-        part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW,
-        files.MODE)
+def _lock(file: int, part: pathlib.Path) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        os.close(file)
         raise exception.Busy(f'{part} is being fetched already') from error
-    return file
 
 
 def _is_at(file: int, path: pathlib.Path) -> bool:

@@ -2,6 +2,7 @@
 """The store in a directory: conformance, crashes, full and sealed devices."""
 
 import contextlib
+import fcntl
 import os
 import pathlib
 import resource
@@ -222,6 +223,27 @@ def test_a_failed_sync_leaves_nothing_to_continue(subject, monkeypatch,
         with pytest.raises(exception.Unavailable):
             subject.fetch(PACK, tmp_path / 'f', digest_of(CONTENT))
     assert os.listdir(tmp_path) == []
+
+
+def test_a_part_that_is_published_while_we_open_it(subject, monkeypatch,
+                                                   tmp_path):
+    """Its lock is free then, but it is the finished file of another."""
+    subject.put(PACK, scratch_file(subject, CONTENT))
+    path, real = tmp_path / 'f', fcntl.flock
+    part_of(path).write_bytes(b'finished')
+
+    def flock(file, how):
+        if part_of(path).read_bytes() == b'finished':
+            os.rename(part_of(path), path)
+            os.link(path, tmp_path / 'watch')
+        real(file, how)
+
+    monkeypatch.setattr(fcntl, 'flock', flock)
+    descriptors = os.listdir('/proc/self/fd')
+    subject.fetch(PACK, path, digest_of(CONTENT))
+    assert path.read_bytes() == CONTENT
+    assert (tmp_path / 'watch').read_bytes() == b'finished'
+    assert len(os.listdir('/proc/self/fd')) == len(descriptors)
 
 
 # The order of things: what is synced before a name appears, and after
