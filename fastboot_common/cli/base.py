@@ -44,8 +44,8 @@ class Environment:
     def open_store(self) -> store.ReadStore:
         """The repository's store."""
         location = self.location()
-        if '://' not in location or location.startswith('file:'):
-            return store.open_store(location)
+        if '://' not in location and not pathlib.Path(location).exists():
+            raise _no_repository(location)
         group = self.conf.repository
         return store.open_store(
             location, timeout=group.timeout, retries=group.retries,
@@ -59,9 +59,7 @@ class Environment:
         try:
             return repository.Repository(self.open_store())
         except exception.NotFound:
-            raise exception.NotFound(
-                f'there is no repository at {self.location()}; '
-                f'"fastbootctl repo init" makes one') from None
+            raise _no_repository(self.location()) from None
 
     def writable_repository(self) -> repository.Repository:
         """The repository, if it can be written.
@@ -73,6 +71,12 @@ class Environment:
             raise exception.Invalid(
                 f'{self.location()} can only be read; use its directory')
         return found
+
+
+def _no_repository(location: str) -> exception.NotFound:
+    return exception.NotFound(
+        f'there is no repository at {location}; "fastbootctl repo init" '
+        f'makes one')
 
 
 class Command(command.Command):

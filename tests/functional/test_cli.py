@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``fastbootctl`` as people use it, on a guest of one sector."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import bootsector
+import numpy as np
+import pytest
+
+CTL = pathlib.Path(sys.executable).parent / 'fastbootctl'
+SIZE = 8 << 20
+TEXT = b'fb login: '
+
+
+class Fastbootctl:
+    """The program on one state directory."""
+
+    def __init__(self, state: pathlib.Path, *options: str) -> None:
+        self.state = state
+        state.mkdir(exist_ok=True)
+        config = state / 'fastboot.conf'
+        config.write_text(
+            '[capture]\nend = console\nboots = 1\nsettle_seconds = 0\n'
+            'config_drive = false\nmemory = 64\ntimeout = 120\n'
+            'console_pattern = login:\n')
+        self.options = ('--state-dir', str(state), '--config-file',
+                        str(config), *options)
+
+    def __call__(self, *words: object,
+                 status: int = 0) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(
+            [CTL, *self.options, *map(str, words)], capture_output=True,
+            text=True, timeout=300)
+        assert done.returncode == status, done.stdout + done.stderr
+        assert 'Traceback' not in done.stderr
+        return done
+
+    def json(self, *words: object, status: int = 0):
+        """The answer of ``-f json``."""
+        return json.loads(self(*words, '-f', 'json', status=status).stdout)
+
+
+@pytest.fixture(scope='module')
+def state(tmp_path_factory) -> pathlib.Path:
+    """A repository with one image that was booted."""
+    room = tmp_path_factory.mktemp('cli')
+    ctl = Fastbootctl(room / 's')
+    raw = room / 'guest.raw'
+    boot = bootsector.sector(TEXT, count=40, first=2048, step=64)
+    raw.write_bytes(boot + np.random.default_rng(1).bytes(SIZE - len(boot)))
+    ctl('repo', 'init')
+    added = ctl.json('image', 'add', raw, '--id', 'guest', '--name', 'one')
+    assert added['boot'] == 'booted', added
+    assert 0 < added['boot_set_bytes'] < SIZE / 2
+    return room
+
+
+@pytest.fixture
+def ctl(state) -> Fastbootctl:
+    """The program on it."""
+    return Fastbootctl(state / 's')
+
+
+def test_shows_the_image(ctl):
+    assert [row['Name'] for row in ctl.json('image', 'list')] == ['one']
+    shown = ctl.json('image', 'show', 'one')
+    assert shown['id'] == 'guest'
+    assert shown['capture']['end'] == 'console'
+    assert shown['trace']['reads'] >= 40
+    assert ctl.json('repo', 'stats')['images'] == 1
+    assert ctl.json('repo', 'check', '--deep') == []
+
+
+def test_adding_again_changes_nothing(ctl, state):
+    again = ctl.json('image', 'add', state / 'guest.raw', '--id', 'guest',
+                     '--name', 'one')
+    assert not again['created']
+    assert again['serial'] == 1
+    other = state / 'other.raw'
+    other.write_bytes(b'x' * SIZE)
+    done = ctl('image', 'add', other, '--id', 'guest', '--no-boot', status=1)
+    assert 'registered with other content' in done.stderr
+
+
+def test_boots_without_a_miss_then_cleans_up(state):
+    ctl = Fastbootctl(state / 'h', '--repository',
+                      str(state / 's' / 'repository'))
+    assert ctl.json('host', 'sync')['images'] == 1
+    assert [row['State'] for row in ctl.json('host', 'status')] == ['ready']
+    done = ctl.json('vm', 'run', 'one', '--until-prompt', '--quiet-console')
+    assert done['missed_reads'] == 0
+    assert not done['complete']
+    assert ctl.json('volume', 'check')[0]['Problem'] == ''
+    ctl('volume', 'hydrate', 'one')
+    rows = ctl.json('host', 'status')
+    assert rows[0]['State'] == 'complete'
+    assert rows[0]['Leases'] == 0
+    assert ctl.json('vm', 'run', 'one', '--until-prompt',
+                    '--quiet-console')['complete']
+    ctl('volume', 'pin', 'one')
+    assert 'pinned' in ctl('volume', 'evict', 'one', status=1).stderr
+    ctl('volume', 'unpin', 'one')
+    ctl('volume', 'evict', 'one')
+    assert ctl.json('host', 'status')[0]['State'] == 'ready'
+    assert ctl.json('volume', 'show')[0]['Images'] == 0
+
+
+def test_report(ctl, tmp_path):
+    page = tmp_path / 'page.html'
+    ctl('report', '-o', page)
+    assert '</html>' in page.read_text()
+
+
+def test_removal_and_gc(state, tmp_path):
+    ctl = Fastbootctl(tmp_path / 's')
+    ctl('repo', 'init')
+    ctl('image', 'add', state / 'guest.raw', '--id', 'guest', '--no-boot')
+    ctl('image', 'remove', 'guest')
+    assert ctl.json('image', 'list') == []
+    kept = ctl.json('repo', 'gc')
+    assert kept['bytes'] == 0
+    would = ctl.json('repo', 'gc', '--retention-days', 0, '--grace-hours', 0,
+                     '--dry-run')
+    assert would['packs'] == 1 and would['bytes'] > SIZE / 2
+    gone = ctl.json('repo', 'gc', '--retention-days', 0, '--grace-hours', 0)
+    assert gone['packs'] == 1 and gone['bytes'] > SIZE / 2
+    assert not list((tmp_path / 's' / 'repository' / 'packs').glob('*/*'))
+    assert ctl.json('repo', 'check') == []
+
+
+@pytest.mark.parametrize(('words', 'message'), [
+    (['image', 'show', 'none'], 'no image'),
+    (['image', 'add', '/nonexistent/file'], 'there is no file'),
+    (['volume', 'check', 'none'], 'no image'),
+    (['vm', 'run', 'none'], 'no image'),
+    (['--repository', 'ftp://x/', 'image', 'list'], 'ftp'),
+])
+def test_mistakes_are_named(ctl, words, message):
+    assert message in ctl(*words, status=1).stderr
+
+
+def test_no_repository_says_what_to_do(tmp_path):
+    done = Fastbootctl(tmp_path / 's')('image', 'list', status=1)
+    assert 'repo init' in done.stderr
+
+
+def test_damage_is_found_and_named(state, tmp_path):
+    ctl = Fastbootctl(tmp_path / 's')
+    ctl('repo', 'init')
+    ctl('image', 'add', state / 'guest.raw', '--id', 'guest', '--no-boot')
+    pack = next((tmp_path / 's' / 'repository' / 'packs').glob('*/*'))
+    data = bytearray(pack.read_bytes())
+    data[1000] ^= 1
+    pack.chmod(0o600)
+    pack.write_bytes(data)
+    problems = ctl.json('repo', 'check', '--deep', status=1)
+    assert pack.name in problems[0]['Object']
