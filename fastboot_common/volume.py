@@ -124,6 +124,7 @@ class Volume:
             if writable:
                 self._open_index()
                 stack.callback(lambda: self._index.close())
+                self._follow_backing()
             self._resources = stack.pop_all()
 
     def close(self) -> None:
@@ -527,7 +528,8 @@ class Volume:
     def _find_gap(self, length: int) -> None:
         _clusters, places = self._used()
         # What this operation got before is not in the tables yet.
-        self._given.append((self._gap, self._cursor))
+        if self._cursor > self._gap:
+            self._given.append((self._gap, self._cursor))
         places = _united([*places, *self._given], self.block_size)
         for start, end in _gaps(places, slot.DATA, self.size):
             if end - start >= length:
@@ -572,7 +574,15 @@ class Volume:
                 f'{self.path}/index.sqlite was damaged and is made anew: '
                 f'repeat') from error
 
-    # Opening after a crash
+    # Opening
+
+    def _follow_backing(self) -> None:
+        """Give slots the backing of today: the socket may have moved."""
+        for image_id in self.images():
+            target = self.slot_of(image_id)
+            if target.header.backing not in (None, self._backing(image_id)):
+                target.write_header(self._backing(image_id))
+                os.fdatasync(self._fd)
 
     def _open_index(self) -> None:
         path = self.path / 'index.sqlite'
@@ -655,6 +665,9 @@ class Volume:
         :returns: blocks proven, and what is wrong, in words.
         """
         target = self.slot_of(image_id)
+        # Looked at first: others may fill and complete it meanwhile.
+        complete = self.complete_name(image_id)
+        named = complete.exists()
         problems: list[str] = []
         proven = seen = missing = 0
         for numbers in data_blocks:
@@ -672,10 +685,10 @@ class Volume:
                 if want != got:
                     problems.append(f'block {number} has other content')
                 proven += 1
-        if target.present() + target.missing() != seen:
+        if sum(int((entries != qcow2.ZERO).sum())
+               for _, entries in target.chunks()) != seen:
             problems.append('the tables have data where there are zeros')
-        complete = self.complete_name(image_id)
-        if complete.exists():
+        if named:
             if missing:
                 problems.append(f'is called complete; {missing} blocks lack')
             if not complete.samefile(self.file):
