@@ -93,7 +93,7 @@ def _make(room: pathlib.Path, block_size: int) -> int:
 def _image(mirror: pathlib.Path, serial: int, family: list[pack.PackRef],
            random: Any, block_size: int) -> tuple[journal.Image, int]:
     count = int(BOOT_BYTES / block_size)
-    fresh = int(count * NEW_SHARE) if family else count // 2
+    fresh = int(count * NEW_SHARE)
     ref = _pack(mirror, serial, fresh, block_size, random)
     used = [*family[-8:], ref]
     family.append(ref)

@@ -94,6 +94,8 @@ def test_boots_without_a_miss_then_cleans_up(state):
     assert done['missed_reads'] == 0
     assert not done['complete']
     assert ctl.json('volume', 'check')[0]['Problem'] == ''
+    replayed = ctl.json('bench', 'replay', 'one', '--runs', 2)
+    assert replayed['reads'] >= 40 and replayed['runs'] == 2
     ctl('volume', 'hydrate', 'one')
     rows = ctl.json('host', 'status')
     assert rows[0]['State'] == 'complete'
