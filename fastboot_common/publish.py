@@ -2,6 +2,7 @@
 """Publishing: from a raw disk to packs, a manifest and a journal entry."""
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import hashlib
 import logging
@@ -279,10 +280,8 @@ class _Work:
             if writer.path.exists():
                 self._target.put(store.object_name('packs', ref.digest),
                                  writer.path)
-        try:
+        with contextlib.suppress(exception.Exists):
             self._target.create(store.object_name('manifests', digest), data)
-        except exception.Exists:
-            pass
 
     # The disk
 

@@ -2,6 +2,7 @@
 """The repository: reading its state, appending to its journal."""
 
 import collections
+import contextlib
 import hashlib
 import json
 import uuid
@@ -85,7 +86,7 @@ class Repository:
             raise exception.Corrupt(f'head.json: {error!r}') from error
 
     def _from_checkpoint(self, hint: int) -> journal.State:
-        """The state at the newest checkpoint before entry `hint`.
+        """The state at the newest checkpoint up to entry `hint`.
 
         Where it cannot be found (``gc`` keeps the newest one's only), the
         empty state: folding all gives the same.
@@ -94,7 +95,8 @@ class Repository:
             newest = journal.parse(
                 self.store.get(store.entry_name(hint), journal.ENTRY_LIMIT),
                 hint)
-            number = newest['checkpoint']
+            number = hint if newest.get('kind') == 'checkpoint' \
+                else newest['checkpoint']
             if number == 0:
                 return journal.State()
             entry = self.store.get(store.entry_name(number),
@@ -200,10 +202,8 @@ class Repository:
         data = state.to_json()
         digest = hashlib.sha256(data).hexdigest()
         target: Any = self.store
-        try:
+        with contextlib.suppress(exception.Exists):
             target.create(store.object_name('states', digest), data)
-        except exception.Exists:
-            pass
         return {'state': digest}
 
     def remove(self, image_id: str) -> journal.State:

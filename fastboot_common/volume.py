@@ -579,7 +579,10 @@ class Volume:
     def _follow_backing(self) -> None:
         """Give slots the backing of today: the socket may have moved."""
         for image_id in self.images():
-            target = self.slot_of(image_id)
+            try:
+                target = self.slot_of(image_id)
+            except exception.NotFound:
+                continue
             if target.header.backing not in (None, self._backing(image_id)):
                 target.write_header(self._backing(image_id))
                 os.fdatasync(self._fd)

@@ -6,6 +6,7 @@ What the agent serves and ``fastbootctl`` does by hand: sync, acquire, ensure
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -150,7 +151,8 @@ class Host:
                  numbers: blocks.Blocks) -> list[bytes]:
         found = self.mirror.read_manifest(image.manifest)
         _numbers, packs, ordinals = extents.locate(found.extents, numbers)
-        indexes = [self.mirror.index(ref) for ref in found.packs]
+        indexes = {at: self.mirror.index(found.packs[at])
+                   for at in np.unique(packs).tolist()}
         return [indexes[at].digests[ordinal].tobytes() for at, ordinal
                 in zip(packs.tolist(), ordinals.tolist(), strict=True)]
 
@@ -295,8 +297,15 @@ class Host:
     def _read_ahead(self, one: volume.Volume, image: journal.Image) -> None:
         """Start reading the boot set while QEMU is being started."""
         boot = self.mirror.read_manifest(image.manifest).boot
-        threading.Thread(target=one.read_ahead, daemon=True,
-                         args=(image.image_id, boot)).start()
+
+        def read() -> None:
+            # A hint only; the host may be closed meanwhile.
+            with contextlib.suppress(OSError, exception.FastbootError):
+                one.read_ahead(image.image_id, boot)
+
+        # Not on the pool: who fills a volume waits for the pool, and this
+        # for the volume.
+        threading.Thread(target=read, daemon=True).start()
 
     # A guest misses
 

@@ -2,6 +2,7 @@
 """Small repositories and disks, and reading them back the slow way."""
 
 import hashlib
+import os
 import pathlib
 import random
 
@@ -62,7 +63,8 @@ def put(repo, work, image_id, data, boot=(), **options):
     """Publish bytes as an image."""
     work = pathlib.Path(work)
     work.mkdir(exist_ok=True)
-    raw = write_raw(work / f'{image_id}.raw', data, repo.block_size)
+    raw = write_raw(work / f'{image_id}-{os.urandom(4).hex()}.raw', data,
+                    repo.block_size)
     publisher = publish.Publisher(repo, work / 'cache', threads=2, level=1,
                                   boot_level=1)
     try:

@@ -1,0 +1,390 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A host: following the repository, guests, misses, and what goes wrong."""
+
+import concurrent.futures
+import dataclasses
+import random
+
+import pytest
+from images import (
+    CountingStore,
+    World,
+    data_blocks,
+    disk,
+    fast_directory,
+    verify,
+)
+
+from fastboot_common import exception, journal, manifest, upkeep
+
+
+@pytest.fixture
+def world():
+    with fast_directory() as path:
+        yield World(path)
+
+
+def right(host, world, image_id):
+    """Missing blocks of an image; all others are right."""
+    one, here = host.find(image_id)
+    image = journal.Image(image_id, '', here.serial, here.manifest, 0,
+                          here.virtual_size)
+    assert host.check(image_id)[1] == []
+    return verify(one.path, image, world.data[image_id])
+
+
+def state_of(host, image_id):
+    [row] = [row for row in host.status() if row.image_id == image_id]
+    return row.state
+
+
+def test_from_absent_to_complete(world):
+    data = disk(200 * 4096, 1)
+    world.publish('image', data, range(30))
+    with world.host() as host:
+        assert host.status() == []
+        host.mirror.refresh()
+        assert state_of(host, 'image') == 'absent'
+        with pytest.raises(exception.NotFound):
+            host.link('image')
+        done = host.sync()
+        assert (done.images, done.version) == (1, 1)
+        assert done.fetched > 0
+        assert host.sync().fetched == 0
+        assert state_of(host, 'image') == 'ready'
+        host.acquire('image', 'guest')
+        assert state_of(host, 'image') == 'thawed'
+        cancelled = iter([False, True])
+        assert right(host, world, 'image') > 0
+        host.hydrate('image', cancelled=lambda: next(cancelled, True))
+        right(host, world, 'image')
+        told = []
+        assert host.hydrate('image', told.append)
+        assert sum(told) >= len(data_blocks(data)) * 4096
+        assert state_of(host, 'image') == 'complete'
+        assert right(host, world, 'image') == 0
+        assert host.link('image').complete.exists()
+
+
+def test_offline(world):
+    """Boot sets that are here need nobody."""
+    data = disk(600 * 4096, 1)
+    world.publish('image', data, range(600))
+    source = CountingStore(world.path / 'repo')
+    with world.host(source) as host:
+        host.sync()
+    source.broken = None
+    with world.host(source) as host:
+        with pytest.raises(exception.Unavailable):
+            host.sync()
+        host.acquire('image', 'guest')
+        assert host.hydrate('image')
+        assert right(host, world, 'image') == 0
+
+
+def test_never_synced_and_offline(world):
+    source = CountingStore(world.path / 'repo')
+    source.broken = None
+    with pytest.raises(exception.Unavailable):
+        world.host(source)
+
+
+def test_offline_with_a_part_only(world):
+    data = disk(3000 * 4096, 1, zeros=0)
+    world.publish('image', data, range(20))
+    source = CountingStore(world.path / 'repo')
+    with world.host(source) as host:
+        host.sync()
+        source.broken = None
+        host.acquire('image', 'guest')
+        with pytest.raises(exception.Unavailable):
+            host.ensure('image', 2000 * 4096, 4096)
+        with pytest.raises(exception.Unavailable):
+            host.hydrate('image')
+        one, here = host.find('image')
+        assert verify(one.path, here, data) > 0
+        source.broken = ()
+        host.ensure('image', 2000 * 4096, 4096)
+        one, _ = host.find('image')
+        import numpy as np
+        assert one.slot_of('image').entries(np.array([2000]))[0] > 1
+        assert host.hydrate('image')
+        assert right(host, world, 'image') == 0
+
+
+def test_a_failed_acquire_keeps_a_running_guests_lease(world):
+    world.publish('image', disk(900 * 4096, 1), range(9))
+    with world.host() as host:
+        host.sync()
+        host.acquire('image', 'guest')
+        host.mirror._manifests.clear()
+        host.thaw = lambda image: (_ for _ in ()).throw(
+            exception.Unavailable('away'))
+        for holder in ('guest', 'another'):
+            with pytest.raises(exception.Unavailable):
+                host.acquire('image', holder)
+        one, _ = host.find('image')
+        assert one.leases('image') == ['guest']
+        with pytest.raises(exception.Busy):
+            host.evict(['image'])
+
+
+def damage(path):
+    for file in path.glob('*/*'):
+        data = bytearray(file.read_bytes())
+        for at in range(100, len(data) - 100, 997):
+            data[at] ^= 1
+        file.chmod(0o600)
+        file.write_bytes(data)
+
+
+def test_a_damaged_repository_gives_nothing(world):
+    world.publish('image', disk(400 * 4096, 1), range(9))
+    with world.host() as host:
+        host.sync()
+        host.acquire('image', 'guest')
+        before = right(host, world, 'image')
+        damage(world.path / 'repo' / 'packs')
+        damage(world.path / 'host' / 'mirror' / 'packs')
+        host.mirror._indexes.clear()
+        with pytest.raises(exception.Corrupt, match='pack'):
+            host.hydrate('image')
+        with pytest.raises(exception.Corrupt, match='pack'):
+            host.ensure('image', 300 * 4096, 40 * 4096)
+        assert right(host, world, 'image') == before
+        assert not host.link('image').complete
+
+
+def test_damaged_local_packs_heal(world):
+    world.publish('image', disk(400 * 4096, 1), range(400))
+    with world.host() as host:
+        host.sync()
+        damage(world.path / 'host' / 'mirror' / 'packs')
+    with world.host() as host:
+        host.acquire('image', 'guest')
+        assert host.hydrate('image')
+        assert right(host, world, 'image') == 0
+
+
+def test_a_removed_image_with_a_guest_stays(world):
+    data = disk(400 * 4096, 1)
+    world.publish('image', data, range(9))
+    world.publish('idle', disk(50 * 4096, 2), range(9))
+    with world.host() as host:
+        host.sync()
+        host.acquire('image', 'guest')
+        host.acquire('idle', 'guest')
+        host.release('idle', 'guest')
+        for image_id in ('image', 'idle'):
+            world.repository.remove(image_id)
+        host.sync()
+        with pytest.raises(exception.NotFound):
+            host.find('idle')
+        with pytest.raises(exception.NotFound):
+            host.acquire('image', 'another')
+        assert right(host, world, 'image') > 0
+    with world.host() as host:
+        host.sync()
+        assert host.hydrate('image')
+        assert right(host, world, 'image') == 0
+        host.release('image', 'guest')
+        host.sync()
+        assert host.status() == []
+        assert not list((world.path / 'host' / 'mirror').glob('*/??/*'))
+
+
+@pytest.mark.parametrize('options', [
+    {}, {'visibility': 'private', 'owner': 'p'}])
+def test_an_id_that_is_used_again(world, options):
+    """The export knows ids only: never two contents under one."""
+    old, new = disk(90 * 4096, 1), disk(90 * 4096, 2)
+    first = world.publish('image', old, range(9))
+    with world.host() as host:
+        host.sync()
+        host.acquire('image', 'guest')
+        world.repository.remove('image')
+        world.publish('image', new, range(9), **options)
+        host.sync()
+        with pytest.raises(exception.Invalid, match='serial 1'):
+            host.acquire('image', 'another')
+        one, here = host.find('image')
+        assert here.serial == 1
+        assert host.hydrate('image')
+        assert verify(one.path, first, old) == 0
+        # Its last guest gone, the new one may come.
+        host.release('image', 'guest')
+        host.sync()
+        host.acquire('image', 'another')
+        host.hydrate('image')
+        assert right(host, world, 'image') == 0
+        assert host.find('image')[1].serial == 3
+
+
+def repack(world, image_id, change):
+    """Give an image another manifest."""
+    repository = world.repository
+    found = repository.read_manifest(repository.image(image_id).manifest)
+    found = dataclasses.replace(found, **change)
+    data = found.pack()
+    import hashlib
+    digest = hashlib.sha256(data).hexdigest()
+    from fastboot_common import store
+    repository.store.create(store.object_name('manifests', digest), data)
+    repository.append('repack', lambda state: {
+        'manifests': {image_id: {'manifest': digest,
+                                 'manifest_size': len(data)}}, 'packs': []})
+    return digest
+
+
+def test_a_repacked_image(world):
+    world.publish('image', disk(90 * 4096, 1), range(9))
+    with world.host() as host:
+        host.sync()
+        host.acquire('image', 'guest')
+        digest = repack(world, 'image', {'name': 'another'})
+        host.sync()
+        assert host.find('image')[1].manifest == digest
+        upkeep.collect(world.repository, 0, 0)
+        assert host.hydrate('image')
+        assert right(host, world, 'image') == 0
+
+
+def test_a_repack_that_changes_the_content(world):
+    """Half of an image's blocks must not come from another one."""
+    world.publish('image', disk(90 * 4096, 1), range(9))
+    world.publish('other', disk(90 * 4096, 2), range(9))
+    other = world.repository.read_manifest(
+        world.repository.image('other').manifest)
+    with world.host() as host:
+        host.sync()
+        host.acquire('image', 'guest')
+        repack(world, 'image', {
+            'root': other.root, 'extents': other.extents,
+            'packs': other.packs})
+        host.sync()
+        assert host.hydrate('image')
+        assert right(host, world, 'image') == 0
+
+
+def test_a_manifest_of_another_image(world):
+    world.publish('image', disk(90 * 4096, 1), range(9))
+    other = world.publish('other', disk(91 * 4096, 2), range(9))
+    world.repository.append('repack', lambda state: {
+        'manifests': {'image': {'manifest': other.manifest,
+                                'manifest_size': other.manifest_size}},
+        'packs': []})
+    with world.host() as host:
+        host.sync()
+        with pytest.raises(exception.Corrupt):
+            host.acquire('image', 'guest')
+
+
+def test_manifests_of_other_blocks(world):
+    found = manifest.Manifest(
+        'image', '', 512, 8192, '00' * 32, [],
+        world.publish('x', b'') and __import__('numpy').empty(
+            0, __import__('fastboot_common.extents').extents.DTYPE))
+    import hashlib
+    data = found.pack()
+    digest = hashlib.sha256(data).hexdigest()
+    from fastboot_common import store
+    world.repository.store.create(
+        store.object_name('manifests', digest), data)
+    with world.host() as host, pytest.raises(exception.Corrupt):
+        host.mirror.read_manifest(digest)
+
+
+def test_sync_of_some(world):
+    for number in range(3):
+        world.publish(f'image-{number}', disk(50 * 4096, number), range(9))
+    with world.host() as host:
+        assert host.sync(['image-1']).images == 1
+        assert [state_of(host, f'image-{n}') for n in range(3)] == [
+            'absent', 'ready', 'absent']
+        with pytest.raises(exception.NotFound):
+            host.sync(['unknown'])
+
+
+def test_ensure(world):
+    data = disk(900 * 4096, 1) + b'x' * 512
+    world.publish('image', data, range(9))
+    with world.host() as host:
+        host.sync()
+        with pytest.raises(exception.NotFound):
+            host.ensure('image', 0, 512)
+        host.acquire('image', 'guest')
+        for offset, length in ((-1, 5), (0, -1), (0, len(data) + 1),
+                               (len(data), 1), (1 << 62, 1)):
+            with pytest.raises(exception.Invalid):
+                host.ensure('image', offset, length)
+        with pytest.raises(exception.Invalid):
+            host.ensure('../image', 0, 1)
+        host.ensure('image', len(data), 0)
+        rng = random.Random(1)
+        import numpy as np
+        one, _ = host.find('image')
+        for _ in range(20):
+            offset = rng.randrange(len(data))
+            length = min(rng.randrange(1, 9000), len(data) - offset)
+            host.ensure('image', offset, length)
+            numbers = np.arange(offset // 4096,
+                                (offset + length - 1) // 4096 + 1)
+            assert (one.slot_of('image').entries(numbers) != 0).all()
+        right(host, world, 'image')
+        host.ensure('image', len(data) - 1, 1)
+        right(host, world, 'image')
+
+
+def test_many_threads(world):
+    """Guests come and miss, others hydrate and are evicted, all at once."""
+    for number in range(3):
+        world.publish(f'image-{number}', disk(
+            500 * 4096, number, pool=600), range(40))
+    with world.host() as host:
+        host.sync()
+        host.acquire('image-0', 'stays')
+
+        def run(seed):
+            rng = random.Random(seed)
+            for _ in range(12):
+                image_id = f'image-{rng.randrange(3)}'
+                holder = f'guest-{seed}'
+                host.acquire(image_id, holder)
+                for _ in range(6):
+                    offset = rng.randrange(500 * 4096 - 9000)
+                    host.ensure(image_id, offset, 9000)
+                if rng.random() < .3:
+                    host.hydrate(image_id)
+                right(host, world, image_id)
+                host.release(image_id, holder)
+                if rng.random() < .4:
+                    host.make_room(1)
+
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            for future in [pool.submit(run, seed) for seed in range(4)]:
+                future.result()
+        for row in host.status():
+            if row.state in ('thawed', 'complete'):
+                right(host, world, row.image_id)
+
+
+def test_hydration_goes_on_where_it_ended(world):
+    data = disk(9000 * 4096, 1, zeros=.1)
+    world.publish('image', data, range(9))
+    source = CountingStore(world.path / 'repo')
+    with world.host(source) as host:
+        host.sync()
+        host.acquire('image', 'guest')
+        calls = []
+        assert not host.hydrate('image', cancelled=lambda: (
+            calls.append(1) or len(calls) > 1))
+        some = right(host, world, 'image')
+        assert 0 < some < len(data_blocks(data))
+        first = source.bytes
+    source.bytes = 0
+    with world.host(source) as host:
+        assert host.hydrate('image')
+        assert right(host, world, 'image') == 0
+    size = sum(size for _, size, _ in source.list('packs'))
+    # At most one frame (and the indexes) twice.
+    assert first + source.bytes < size * 1.2 + (1 << 20)

@@ -1,0 +1,269 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The mirror: nothing unchecked is kept or given out."""
+
+import concurrent.futures
+import pathlib
+
+import pytest
+from disks import BLOCK, data_blocks, disk, make_repository, put
+
+from fastboot_common import exception, store, upkeep
+from fastboot_common.store.local import LocalStore
+from fastboot_nova.mirror import Mirror
+
+
+class Source(LocalStore):
+    """Counts reads of packs, and can be out of reach."""
+
+    def __init__(self, path):
+        super().__init__(path)
+        self.gone = False
+        self.packs = 0
+
+    def _count(self, name):
+        if self.gone:
+            raise exception.Unavailable('out of reach')
+        self.packs += name.startswith('packs/')
+
+    def get(self, name, limit=64 << 20):
+        self._count(name)
+        return super().get(name, limit)
+
+    def read(self, name, offset, length):
+        self._count(name)
+        return super().read(name, offset, length)
+
+    def fetch(self, name, path, digest, progress=None):
+        self._count(name)
+        super().fetch(name, path, digest, progress)
+
+
+@pytest.fixture
+def repo(tmp_path):
+    return make_repository(tmp_path / 'repo')
+
+
+@pytest.fixture
+def source(repo, tmp_path):
+    return Source(tmp_path / 'repo')
+
+
+@pytest.fixture
+def mirror(source, tmp_path):
+    return Mirror(tmp_path / 'mirror', source)
+
+
+def plain_of(mirror, image, numbers):
+    """Blocks through the mirror, by number."""
+    import numpy as np
+    found = mirror.read_manifest(image.manifest)
+    blocks = {}
+    for frame in mirror.frames(found, np.array(numbers, np.int64)):
+        plain = mirror.plain(frame)
+        for number, position in zip(frame.numbers.tolist(),
+                                    frame.positions.tolist(), strict=True):
+            blocks[number] = plain[position * BLOCK:(position + 1) * BLOCK]
+    return blocks
+
+
+def same(mirror, image, data):
+    here = data_blocks(data)
+    blocks = plain_of(mirror, image, range(-(-len(data) // BLOCK)))
+    assert sorted(blocks) == here
+    for number, block in blocks.items():
+        assert block == data[number * BLOCK:(number + 1) * BLOCK].ljust(
+            BLOCK, b'\0')
+
+
+def local(mirror, kind):
+    return sorted(path for path in (mirror.path / kind).glob('??/*'))
+
+
+def test_whole_packs_and_without_the_source(tmp_path, repo, source, mirror):
+    data = disk(200 * BLOCK, 1)
+    image = put(repo, tmp_path / 'work', 'image', data, range(200)).image
+    mirror.refresh()
+    assert not mirror.ready(image)
+    assert mirror.pull(image) > 0
+    assert mirror.ready(image)
+    assert len(local(mirror, 'packs')) == 1
+    assert not local(mirror, 'partial')
+    before = source.packs
+    source.gone = True
+    again = Mirror(tmp_path / 'mirror', source)
+    assert again.state == mirror.state
+    assert again.pull(image) == 0
+    same(again, image, data)
+    assert source.packs == before
+    with pytest.raises(exception.Unavailable):
+        again.refresh()
+
+
+def test_never_synced(tmp_path, repo, source):
+    source.gone = True
+    with pytest.raises(exception.Unavailable):
+        Mirror(tmp_path / 'mirror', source)
+
+
+def test_partial_packs(tmp_path, repo, source, mirror):
+    """Of a pack that is mostly others', some frames only."""
+    data = disk(3000 * BLOCK, 1, zeros=0)
+    put(repo, tmp_path / 'work', 'large', data, range(3000))
+    small = data[700 * BLOCK:710 * BLOCK]
+    image = put(repo, tmp_path / 'work', 'small', small, range(10)).image
+    mirror.refresh()
+    fetched = mirror.pull(image)
+    [path] = local(mirror, 'partial')
+    assert not local(mirror, 'packs')
+    assert fetched < path.stat().st_size / 4
+    source.gone = True
+    again = Mirror(tmp_path / 'mirror', source)
+    same(again, image, small)
+    with pytest.raises(exception.Unavailable):
+        plain_of(again, mirror.state.images['large'], [0])
+    source.gone = False
+    same(again, mirror.state.images['large'], data)
+    # Nothing of that was kept, and pulling it takes the pack whole.
+    source.gone = True
+    with pytest.raises(exception.Unavailable):
+        plain_of(again, mirror.state.images['large'], [0])
+    source.gone = False
+    again.pull(mirror.state.images['large'])
+    assert local(mirror, 'packs') and not local(mirror, 'partial')
+    source.gone = True
+    same(Mirror(tmp_path / 'mirror', source), image, small)
+
+
+@pytest.mark.parametrize('place', ['frame', 'index', 'cut', 'empty'])
+def test_a_damaged_local_pack_heals(tmp_path, repo, source, mirror, place):
+    data = disk(100 * BLOCK, 1)
+    image = put(repo, tmp_path / 'work', 'image', data, range(100)).image
+    mirror.refresh()
+    mirror.pull(image)
+    [path] = local(mirror, 'packs')
+    good = path.read_bytes()
+    bad = bytearray(good)
+    if place == 'frame':
+        bad[1000] ^= 1
+    elif place == 'index':
+        bad[-100] ^= 1
+    else:
+        bad = bad[:2000] if place == 'cut' else b''
+    path.chmod(0o600)
+    path.write_bytes(bad)
+    again = Mirror(tmp_path / 'mirror', source)
+    same(again, image, data)
+    source.gone = True
+    same(Mirror(tmp_path / 'mirror', source), image, data)
+
+
+def test_a_damaged_source_gives_nothing(tmp_path, repo, source, mirror):
+    data = disk(100 * BLOCK, 1)
+    image = put(repo, tmp_path / 'work', 'image', data, range(9)).image
+    mirror.refresh()
+    for path in (tmp_path / 'repo' / 'packs').glob('*/*'):
+        path.chmod(0o600)
+        bad = bytearray(path.read_bytes())
+        bad[500] ^= 1
+        path.write_bytes(bad)
+    with pytest.raises(exception.Corrupt, match='pack'):
+        mirror.pull(image)
+    assert not mirror.ready(image)
+    with pytest.raises(exception.Corrupt, match='pack'):
+        same(mirror, image, data)
+    assert not local(mirror, 'packs')
+
+
+def test_a_damaged_manifest(tmp_path, repo, source, mirror):
+    data = disk(30 * BLOCK, 1)
+    image = put(repo, tmp_path / 'work', 'image', data).image
+    mirror.refresh()
+    remote = tmp_path / 'repo' / store.object_name(
+        'manifests', image.manifest)
+    good = remote.read_bytes()
+    remote.chmod(0o600)
+    remote.write_bytes(good[:-1])
+    with pytest.raises(exception.Corrupt, match=image.manifest):
+        mirror.pull(image)
+    assert not local(mirror, 'manifests')
+    remote.write_bytes(good)
+    mirror.pull(image)
+    [path] = local(mirror, 'manifests')
+    path.write_bytes(good[:50])
+    same(Mirror(tmp_path / 'mirror', source), image, data)
+    assert path.read_bytes() == good
+
+
+@pytest.mark.parametrize('text', [b'', b'{}', b'<html>sign in</html>'])
+def test_a_configuration_that_is_none_is_not_kept(tmp_path, repo, source,
+                                                  text):
+    path = tmp_path / 'repo' / 'config.json'
+    good = path.read_bytes()
+    path.chmod(0o600)
+    path.write_bytes(text)
+    with pytest.raises(exception.Corrupt):
+        Mirror(tmp_path / 'mirror', source)
+    path.write_bytes(good)
+    Mirror(tmp_path / 'mirror', source)
+
+
+@pytest.mark.parametrize('text', [b'', b'{}', b'[]', b'{"version":1e999}'])
+def test_a_damaged_state_is_read_again(tmp_path, repo, source, mirror, text):
+    data = disk(30 * BLOCK, 1)
+    image = put(repo, tmp_path / 'work', 'image', data).image
+    mirror.refresh()
+    (tmp_path / 'mirror' / 'state.json').write_bytes(text)
+    again = Mirror(tmp_path / 'mirror', source)
+    assert again.refresh().images == {'image': image}
+
+
+def test_another_repository(tmp_path, repo, mirror):
+    make_repository(tmp_path / 'other')
+    with pytest.raises(exception.Invalid):
+        Mirror(tmp_path / 'mirror', LocalStore(tmp_path / 'other')).refresh()
+
+
+def test_prune(tmp_path, repo, source, mirror):
+    one, two = disk(100 * BLOCK, 1), disk(100 * BLOCK, 2)
+    kept = put(repo, tmp_path / 'work', 'one', one, range(100)).image
+    gone = put(repo, tmp_path / 'work', 'two', two, range(100)).image
+    mirror.refresh()
+    mirror.pull(kept)
+    mirror.pull(gone)
+    assert mirror.prune({kept.manifest, gone.manifest}) == 0
+    repo.remove('two')
+    mirror.refresh()
+    assert mirror.prune({kept.manifest}) > 0
+    assert len(local(mirror, 'packs')) == len(local(mirror, 'manifests')) == 1
+    assert not mirror.ready(gone)
+    source.gone = True
+    same(Mirror(tmp_path / 'mirror', source), kept, one)
+
+
+def test_many_threads(tmp_path, repo, source, mirror):
+    data = disk(400 * BLOCK, 1)
+    image = put(repo, tmp_path / 'work', 'image', data, range(30)).image
+    mirror.refresh()
+
+    def run(number):
+        if number % 3 == 0:
+            try:
+                mirror.pull(image)
+            except exception.Busy:
+                return
+        same(mirror, image, data)
+
+    with concurrent.futures.ThreadPoolExecutor(6) as pool:
+        list(pool.map(run, range(12)))
+    assert not list(pathlib.Path(mirror.path).glob('**/.*.tmp'))
+
+
+def test_packs_that_were_dropped(tmp_path, repo, mirror):
+    """Packs that the repository dropped are named, not looked for."""
+    data = disk(30 * BLOCK, 1)
+    image = put(repo, tmp_path / 'work', 'image', data).image
+    mirror.refresh()
+    repo.remove('image')
+    upkeep.collect(repo, 0, 0)
+    with pytest.raises(exception.NotFound):
+        same(mirror, image, data)
