@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
@@ -19,6 +19,9 @@ from fastboot_common import (
 )
 from fastboot_common.publish import content_root as content_root
 from fastboot_common.repository import Repository
+
+#: Seconds that an unfinished file is left alone at least: it may be in use.
+_UNFINISHED: Final = 86400
 
 Progress = Callable[[int], None]
 
@@ -249,6 +252,14 @@ def collect(repository: Repository, retention: float, grace: float,
             result.bytes += size
             if not dry_run:
                 target.delete(name)
+    # What publishers that died had begun.
+    for path in list(target.scratch().iterdir()):
+        found = path.stat()
+        if now - found.st_mtime >= max(grace, _UNFINISHED):
+            result.files += 1
+            result.bytes += found.st_size
+            if not dry_run:
+                path.unlink(missing_ok=True)
     return result
 
 

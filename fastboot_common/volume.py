@@ -11,6 +11,7 @@ import dataclasses
 import errno
 import fcntl
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -292,8 +293,7 @@ class Volume:
             [digest for batch in batches for digest in batch.digests])
         count = len({digest for batch in batches for digest in batch.digests
                      if digest not in places})
-        # One run for all: a boot set is then read sequentially (YOLO).
-        cursor = self._allocate(count * self.block_size) if count else 0
+        free = itertools.chain.from_iterable(self._free(count))
         numbers, offsets, fresh, jobs = [], [], [], []
         for batch in batches:
             missing = np.flatnonzero(target.entries(batch.numbers) == 0)
@@ -301,17 +301,33 @@ class Volume:
             for position in missing.tolist():
                 digest = batch.digests[position]
                 if digest not in places:
-                    places[digest] = cursor
-                    fresh.append((digest, cursor))
+                    places[digest] = next(free)
+                    fresh.append((digest, places[digest]))
                     write.append(int(batch.positions[position]))
-                    where.append(cursor)
-                    cursor += self.block_size
+                    where.append(places[digest])
                 offsets.append(places[digest])
             numbers.append(batch.numbers[missing])
             if write:
                 jobs.append((batch, np.array(write), np.array(where)))
         return (np.concatenate(numbers) if numbers else np.empty(0, np.int64),
                 np.array(offsets, np.int64), fresh, jobs)
+
+    def _free(self, count: int) -> list[range]:
+        """Offsets of free clusters: in one run, so that a boot set is read
+        sequentially (YOLO); in several where the volume has none as long.
+
+        :raises NoSpace: it has too few.
+        """
+        if not count:
+            return []
+        size = self.block_size
+        try:
+            start = self._allocate(count * size)
+        except exception.NoSpace:
+            if count == 1:
+                raise
+            return [*self._free(count // 2), *self._free(count - count // 2)]
+        return [range(start, start + count * size, size)]
 
     def _write_all(self, jobs: list[tuple[Batch, blocks.Blocks, Offsets]],
                    pool: concurrent.futures.Executor) -> None:
@@ -733,7 +749,7 @@ def _make(file: pathlib.Path, block_size: int, size: int) -> None:
     temporary = file.with_name('.volume.tmp')
     fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o640)
     try:
-        os.ftruncate(fd, size)
+        os.ftruncate(fd, size // slot.SLOT * slot.SLOT)
         table = np.full(block_size // 8, qcow2.ZERO, '>u8').tobytes()
         blocks.write_exactly(fd, table, slot.ZERO_TABLE)
         # Valid, so that what probes it goes on to the backing file.

@@ -34,6 +34,8 @@ LOG = logging.getLogger(__name__)
 
 #: Frames that hydration puts into a volume with one sync.
 _FRAMES_AT_ONCE = 32
+#: Frames that are fetched at the same time.
+_FETCHES = 4
 #: Blocks whose digests are looked up at once, to bound memory.
 _PIECE = 1 << 16
 #: Hydrates of a cancelled thread end after the frames under way.
@@ -61,12 +63,16 @@ class Status:
 
 @dataclasses.dataclass(frozen=True)
 class Synced:
-    """What a sync did (bytes)."""
+    """What a sync did (bytes).
+
+    :ivar failed: images that could not be brought here, and why.
+    """
 
     version: int
     images: int
     fetched: int
     freed: int
+    failed: dict[str, str]
 
 
 class Host:
@@ -95,9 +101,12 @@ class Host:
         self._mutex = threading.RLock()
         self._pool = concurrent.futures.ThreadPoolExecutor(
             threads or len(os.sched_getaffinity(0)), 'frames')
+        self._fetchers = concurrent.futures.ThreadPoolExecutor(
+            _FETCHES, 'fetch')
 
     def close(self) -> None:
         """Close all volumes."""
+        self._fetchers.shutdown()
         self._pool.shutdown()
         for one in self._volumes.values():
             one.close()
@@ -162,21 +171,29 @@ class Host:
              progress: Callable[[str, int], None] | None = None) -> Synced:
         """Bring the boot sets of all images here; drop what is gone.
 
-        Safe to interrupt; a repeat goes on.
+        Safe to interrupt; a repeat goes on. An image that fails does not
+        keep the others from coming.
 
         :param images: ids; None: all.
         :param progress: told an image's name and bytes as they come.
+        :raises Unavailable: the repository is out of reach.
+        :raises NoSpace: no room for the mirror.
         """
         state = self.mirror.refresh()
         wanted = list(state.images.values()) if images is None \
             else [journal.find(state, one) for one in images]
-        fetched = 0
+        fetched, failed = 0, {}
         for image in sorted(wanted, key=lambda one: one.serial):
             tell = functools.partial(
                 progress, image.name or image.image_id) if progress else None
-            fetched += self.mirror.pull(image, tell)
-        freed = self._drop_gone(state)
-        return Synced(state.version, len(wanted), fetched, freed)
+            try:
+                fetched += self.mirror.pull(image, tell)
+            except (exception.Corrupt, exception.NotFound) as error:
+                LOG.error('image %s: %s', image.image_id, error)
+                failed[image.image_id] = str(error)
+        # What a manifest that cannot be read needs is not known.
+        freed = 0 if failed else self._drop_gone(state)
+        return Synced(state.version, len(wanted), fetched, freed, failed)
 
     def _drop_gone(self, state: journal.State) -> int:
         keep = {image.manifest for image in state.images.values()}
@@ -264,14 +281,18 @@ class Host:
             raise exception.Corrupt(f'manifest {image.manifest} is not of '
                                     f'image {image.image_id}')
         self._check_alone(image)
+        # What lacks comes before the volume is locked.
+        self.mirror.pull(image)
         one = self.open_volume(image.domain)
         one.make_slot(
             volume.Image(image.image_id, image.serial, image.manifest,
                          image.virtual_size),
             data_blocks(found))
         frames = self.mirror.frames(found, found.boot)
-        return one.fill(image.image_id, self._batches(frames, True),
-                        self._pool)
+        return one.fill(image.image_id, [
+            volume.Batch(frame.numbers, frame.digests, frame.positions,
+                         functools.partial(self.mirror.plain, frame, True))
+            for frame in frames], self._pool)
 
     def _check_alone(self, image: journal.Image) -> None:
         """The export knows images by their ids: one content each.
@@ -286,13 +307,18 @@ class Host:
                     f'{known.serial} in {one.path}, not {image.serial}; it '
                     f'can be used here once no guest has that one')
 
-    def _batches(self, frames: list[mirror.Frame],
-                 keep: bool) -> list[volume.Batch]:
-        return [
+    def _fill(self, one: volume.Volume, image_id: str,
+              frames: list[mirror.Frame]) -> None:
+        """Put frames into a volume that may have to come from far.
+
+        They are all here before the volume is locked: a slow repository
+        must not hold up other guests. :data:`_FRAMES_AT_ONCE` bounds memory.
+        """
+        plain = list(self._fetchers.map(self.mirror.plain, frames))
+        one.fill(image_id, [
             volume.Batch(frame.numbers, frame.digests, frame.positions,
-                         functools.partial(self.mirror.plain, frame, keep))
-            for frame in frames
-        ]
+                         functools.partial(plain.__getitem__, at))
+            for at, frame in enumerate(frames)], self._pool)
 
     def _read_ahead(self, one: volume.Volume, image: journal.Image) -> None:
         """Start reading the boot set while QEMU is being started."""
@@ -331,10 +357,9 @@ class Host:
         if not len(numbers):
             return
         found = self.mirror.read_manifest(image.manifest)
-        frames = self.mirror.frames(found, numbers)
-        one.fill(image_id,
-                 self._batches(self.mirror.widen(found, frames), False),
-                 self._pool)
+        frames = self.mirror.widen(found, self.mirror.frames(found, numbers))
+        for part in _parts(frames):
+            self._fill(one, image_id, part)
 
     # In the background
 
@@ -357,11 +382,10 @@ class Host:
                 progress(self.mirror.block_size
                          * (len(numbers) - len(missing)))
             frames = self.mirror.frames(found, missing)
-            for start in range(0, len(frames), _FRAMES_AT_ONCE):
+            for part in _parts(frames):
                 if cancelled():
                     return False
-                part = frames[start:start + _FRAMES_AT_ONCE]
-                one.fill(image_id, self._batches(part, False), self._pool)
+                self._fill(one, image_id, part)
                 if progress:
                     progress(self.mirror.block_size
                              * sum(len(frame.numbers) for frame in part))
@@ -449,6 +473,11 @@ class Host:
         return one.check(
             image_id, lambda numbers: self._digests(image, numbers),
             data_blocks(found), self._pool)
+
+
+def _parts(frames: list[mirror.Frame]) -> Iterator[list[mirror.Frame]]:
+    for start in range(0, len(frames), _FRAMES_AT_ONCE):
+        yield frames[start:start + _FRAMES_AT_ONCE]
 
 
 def data_blocks(image: manifest.Manifest) -> Iterator[blocks.Blocks]:

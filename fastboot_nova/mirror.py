@@ -126,18 +126,20 @@ class Mirror:
     def read_manifest(self, digest: str) -> manifest.Manifest:
         """A manifest, local or fetched."""
         with self._mutex:
-            if digest not in self._manifests:
-                found = manifest.Manifest.unpack(
-                    self._manifest_bytes(digest), digest)
-                if found.block_size != self.block_size:
-                    raise exception.Corrupt(
-                        f'manifest {digest}: blocks of {found.block_size} '
-                        f'bytes, the repository has {self.block_size}')
-                self._manifests[digest] = found
-                if len(self._manifests) > _MANIFESTS:
-                    self._manifests.popitem(last=False)
-            self._manifests.move_to_end(digest)
-            return self._manifests[digest]
+            if digest in self._manifests:
+                self._manifests.move_to_end(digest)
+                return self._manifests[digest]
+        # Not under the lock: a slow source holds up nobody else.
+        found = manifest.Manifest.unpack(self._manifest_bytes(digest), digest)
+        if found.block_size != self.block_size:
+            raise exception.Corrupt(
+                f'manifest {digest}: blocks of {found.block_size} bytes, '
+                f'the repository has {self.block_size}')
+        with self._mutex:
+            self._manifests[digest] = found
+            if len(self._manifests) > _MANIFESTS:
+                self._manifests.popitem(last=False)
+        return found
 
     def _manifest_bytes(self, digest: str) -> bytes:
         name = store.object_name('manifests', digest)

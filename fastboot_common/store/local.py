@@ -114,6 +114,9 @@ class LocalStore:
             self._make_directory(target.parent)
             if not os.path.lexists(target):
                 self._move(name, path, target)
+            else:
+                # Young again: gc spares what someone is about to name.
+                os.utime(target)
             # Also for a name that is taken: who took it may have died just
             # before this.
             self._settle(target)

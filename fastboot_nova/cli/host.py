@@ -35,11 +35,19 @@ class Sync(base.ShowOne):
             thawed = 0
             if parsed_args.thaw:
                 for image in images or host.mirror.state.images.values():
-                    thawed += host.thaw(image)
+                    if image.image_id not in done.failed:
+                        thawed += host.thaw(image)
+            self.failed = bool(done.failed)
         return self.dict2columns({
             'version': done.version, 'images': done.images,
             'fetched_bytes': done.fetched, 'thawed_bytes': thawed,
-            'freed_bytes': done.freed})
+            'freed_bytes': done.freed, 'failed': done.failed})
+
+
+    def run(self, parsed_args: argparse.Namespace) -> int:
+        """The exit status says whether all images came."""
+        super().run(parsed_args)
+        return int(self.failed)
 
 
 class Status(base.Lister):

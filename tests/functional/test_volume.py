@@ -471,7 +471,7 @@ class Model:
 def test_a_volume_that_is_always_full(cluster, seed):
     """Gaps are used again, and nothing is ever written over."""
     with fast_directory() as path:
-        model = Model(path, 120, cluster, seed)
+        model = Model(path, 90, cluster, seed)
         rng, full, reused = model.rng, 0, 0
         for step in range(120):
             names = list(model.images)

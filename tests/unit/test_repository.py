@@ -367,7 +367,14 @@ def test_collecting(tmp_path, repo):
     assert (done.images, done.packs, done.files) == (1, 1, 0)
     assert not repo.state().removed
     assert names(repo, 'packs') | names(repo, 'manifests') == everything
-    assert upkeep.collect(repo, 0, 0).files == 2
+    # What a publisher that died long ago had begun goes, too.
+    for name, age in (('old', 90000), ('young', 100)):
+        path = repo.store.scratch() / name
+        path.write_bytes(b'x')
+        os.utime(path, (time.time() - age,) * 2)
+    assert upkeep.collect(repo, 0, 0).files == 3
+    assert [path.name for path in repo.store.scratch().iterdir()
+            ] == ['young']
     assert names(repo, 'packs') | names(repo, 'manifests') == kept
     assert read_back(repo, repo.image('one')) == one
     assert not list(upkeep.check(repo, deep=True))
