@@ -388,3 +388,17 @@ def test_hydration_goes_on_where_it_ended(world):
     size = sum(size for _, size, _ in source.list('packs'))
     # At most one frame (and the indexes) twice.
     assert first + source.bytes < size * 1.2 + (1 << 20)
+
+
+def test_one_bad_image_does_not_stop_the_others(world):
+    world.publish('bad', disk(400 * 4096, 1), range(400))
+    damage(world.path / 'repo' / 'packs')
+    world.publish('good', disk(400 * 4096, 2), range(400))
+    with world.host() as host:
+        done = host.sync()
+        assert list(done.failed) == ['bad']
+        assert 'pack' in done.failed['bad']
+        assert state_of(host, 'bad') == 'absent'
+        assert state_of(host, 'good') == 'ready'
+        host.acquire('good', 'guest')
+        right(host, world, 'good')
