@@ -130,7 +130,12 @@ def test_a_failed_acquire_keeps_a_running_guests_lease(world):
 
 
 def damage(path):
-    for file in path.glob('*/*'):
+    for directory in path.glob('*'):
+        damage_in(directory)
+
+
+def damage_in(path):
+    for file in path.glob('*'):
         data = bytearray(file.read_bytes())
         for at in range(100, len(data) - 100, 997):
             data[at] ^= 1
@@ -392,8 +397,9 @@ def test_hydration_goes_on_where_it_ended(world):
 
 def test_one_bad_image_does_not_stop_the_others(world):
     world.publish('bad', disk(400 * 4096, 1), range(400))
-    damage(world.path / 'repo' / 'packs')
+    [pack] = (world.path / 'repo' / 'packs').glob('*')
     world.publish('good', disk(400 * 4096, 2), range(400))
+    damage_in(pack)
     with world.host() as host:
         done = host.sync()
         assert list(done.failed) == ['bad']
