@@ -9,9 +9,15 @@ from fastboot_nova import host
 from fastboot_nova.cli.base import open_host
 
 
-def _add_images(parser: argparse.ArgumentParser, nargs: str = '+') -> None:
-    parser.add_argument('image', nargs=nargs,
-                        help='id, or a name that only one has')
+class _OnImages(base.Command):
+    """A command on one image or more."""
+
+    def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
+        """Its arguments."""
+        parser: argparse.ArgumentParser = super().get_parser(prog_name)
+        parser.add_argument('image', nargs='+',
+                            help='id, or a name that only one has')
+        return parser
 
 
 def _ids(opened: host.Host, names: list[str]) -> list[str]:
@@ -44,7 +50,9 @@ class Check(base.Lister):
     def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
         """Its arguments."""
         parser: argparse.ArgumentParser = super().get_parser(prog_name)
-        _add_images(parser, '*')
+        parser.add_argument('image', nargs='*',
+                            help='id, or a name that only one has '
+                                 '(default: all)')
         return parser
 
     def take_action(self, parsed_args: argparse.Namespace) -> Any:
@@ -65,14 +73,8 @@ class Check(base.Lister):
         return int(self.failed)
 
 
-class Hydrate(base.Command):
+class Hydrate(_OnImages):
     """Bring whole images here, so that they need nothing else."""
-
-    def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
-        """Its arguments."""
-        parser: argparse.ArgumentParser = super().get_parser(prog_name)
-        _add_images(parser)
-        return parser
 
     def take_action(self, parsed_args: argparse.Namespace) -> None:
         """Hydrate one after the other."""
@@ -84,14 +86,8 @@ class Hydrate(base.Command):
                     opened.hydrate(image.image_id, told)
 
 
-class Evict(base.Command):
+class Evict(_OnImages):
     """Remove images from the volumes; what is leased or pinned stays."""
-
-    def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
-        """Its arguments."""
-        parser: argparse.ArgumentParser = super().get_parser(prog_name)
-        _add_images(parser)
-        return parser
 
     def take_action(self, parsed_args: argparse.Namespace) -> None:
         """Evict and say what was freed."""
@@ -100,14 +96,8 @@ class Evict(base.Command):
         self.app.stdout.write(f'{base.mib(freed)} MiB freed\n')
 
 
-class Pin(base.Command):
+class Pin(_OnImages):
     """Keep images in the volumes, whoever uses them."""
-
-    def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
-        """Its arguments."""
-        parser: argparse.ArgumentParser = super().get_parser(prog_name)
-        _add_images(parser)
-        return parser
 
     def take_action(self, parsed_args: argparse.Namespace) -> None:
         """Thaw and pin each."""
@@ -117,14 +107,8 @@ class Pin(base.Command):
                 opened.thaw(image)
 
 
-class Unpin(base.Command):
+class Unpin(_OnImages):
     """Let images be evicted again."""
-
-    def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
-        """Its arguments."""
-        parser: argparse.ArgumentParser = super().get_parser(prog_name)
-        _add_images(parser)
-        return parser
 
     def take_action(self, parsed_args: argparse.Namespace) -> None:
         """Unpin each."""
