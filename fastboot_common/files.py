@@ -4,6 +4,7 @@
 import contextlib
 import ctypes
 import errno
+import mmap
 import os
 import pathlib
 import threading
@@ -84,6 +85,24 @@ def punch(fd: int, offset: int, length: int) -> None:
         number = ctypes.get_errno()
         if number != errno.EINTR:
             raise OSError(number, f'punching a hole: {os.strerror(number)}')
+
+
+def store_words(fd: int, offset: int, words: bytes) -> None:
+    """Write words of 8 bytes so that no reader sees half of one.
+
+    A write() is no single store to whoever reads the page meanwhile, and an
+    entry of a table that is half old would name a wrong place. Each word
+    here is one aligned store through a mapping. Syncs nothing.
+
+    :param offset: a multiple of 8; the file has data there already.
+    """
+    skew = offset % mmap.ALLOCATIONGRANULARITY
+    with mmap.mmap(fd, skew + len(words), mmap.MAP_SHARED,
+                   mmap.PROT_READ | mmap.PROT_WRITE,
+                   offset=offset - skew) as mapping, \
+            memoryview(mapping) as view, view.cast('Q') as target:
+        for at, word in enumerate(memoryview(words).cast('Q'), skew // 8):
+            target[at] = word
 
 
 def data_ranges(fd: int, start: int, end: int) -> Iterator[tuple[int, int]]:

@@ -1,185 +1,288 @@
 # SPDX-License-Identifier: Apache-2.0
-"""nbdkit as a child process: the export, its shield, and the tap."""
+"""Running nbdkit: the export, the shield in front of it, and the tap.
 
+The one place that knows nbdkit's arguments. Not the plugin itself: that is
+:mod:`fastboot_common.export`, which runs inside nbdkit.
+"""
+
+import collections
 import contextlib
 import functools
+import logging
 import os
 import pathlib
+import queue
 import re
-import shutil
 import socket
 import subprocess
+import threading
 import time
+from collections.abc import Sequence
+from types import TracebackType
 from typing import Final, Self
 
-from fastboot_common import exception
+from fastboot_common import ensure, exception
 
-PROGRAM: Final = 'nbdkit'
-#: Retry filter, Python plugin of API 2, exports of any name through nbd.
-_OLDEST: Final = (1, 32)
-_START_SECONDS: Final = 20
-_STOP_SECONDS: Final = 10
-_SOCKET_LIMIT: Final = 107
+LOG = logging.getLogger(__name__)
+
+#: The oldest nbdkit that was tried.
+OLDEST: Final = (1, 32)
+
+_PROGRAM: Final = 'nbdkit'
 _PLUGIN: Final = pathlib.Path(__file__).with_name('export.py')
+_START_SECONDS: Final = 20.0
+_STOP_SECONDS: Final = 5.0
+#: What is kept of stderr: the last lines, each cut to so many bytes.
+_LINES: Final = 100
+_LINE_LIMIT: Final = 1000
+#: Bytes that an NBD server says first.
+_GREETING: Final = 18
+#: Sockets come into being with mode 0660.
+_UMASK: Final = 0o117
 
 
 @functools.cache
 def version() -> tuple[int, ...]:
-    """nbdkit's version.
+    """The version of nbdkit, which must be new enough.
 
-    :raises ConfigError: it is missing or too old.
+    :raises ConfigError: it is missing or older than :data:`OLDEST`.
     """
     try:
-        said = subprocess.run(
-            [PROGRAM, '--version'], capture_output=True, text=True,
-            check=True, timeout=20).stdout
-    except (OSError, subprocess.SubprocessError) as error:
+        words = subprocess.run(
+            [_PROGRAM, '--version'], stdin=subprocess.DEVNULL, timeout=30,
+            capture_output=True, text=True, check=False).stdout
+    except (OSError, subprocess.TimeoutExpired) as error:
         raise exception.ConfigError(
-            f'{PROGRAM} is not usable ({error}); install the packages '
-            f'nbdkit and nbdkit-plugin-python') from error
-    found = tuple(map(int, re.findall(r'\d+', said)))[:3]
-    if found < _OLDEST:
+            f'nbdkit cannot be run; install it: {error}') from error
+    match = re.search(r'(\d+)\.(\d+)\.(\d+)', words)
+    found = tuple(map(int, match.groups())) if match else ()
+    if found < OLDEST:
         raise exception.ConfigError(
-            f'{said.strip()} is too old; '
-            f'{".".join(map(str, _OLDEST))} is needed')
+            f'nbdkit has version {found}; at least {OLDEST} is needed')
     return found
 
 
 class Server:
-    """A running nbdkit; a context manager around its life.
+    """One nbdkit, as long as the ``with`` block (or until :meth:`close`).
 
-    It dies with the process that started it.
+    It ends with our process, should that end first. A connection has one
+    thread: with several, nbdkit before 1.34 aborts when a client is killed
+    with requests under way (its commit 9d82aa4f), or may even answer another
+    client; and one is the fastest for a plugin in Python.
+
+    :param path: of the UNIX socket. One that nobody serves is replaced.
+    :param arguments: filters, plugin and their parameters.
+    :param group: that may connect, beside the owner.
+    :param user: that nbdkit becomes, with `group`; only root can ask for it.
     """
 
-    def __init__(self, listen: pathlib.Path, arguments: list[str], *,
-                 group: str | None = None) -> None:
-        """Prepare it.
-
-        :param listen: path of its socket; what is there is replaced.
-        :param group: that may connect.
-        :raises Invalid: the path is too long for a socket.
-        """
-        if len(str(listen)) > _SOCKET_LIMIT:
-            raise exception.Invalid(
-                f'{listen}: a socket may have {_SOCKET_LIMIT} characters; '
-                f'use a shorter state directory')
-        self._listen = listen
+    def __init__(self, path: pathlib.Path, arguments: Sequence[str], *,
+                 group: str | None = None, user: str | None = None) -> None:
+        self.path = pathlib.Path(path)
+        self._arguments = arguments
         self._group = group
-        self._log = listen.with_suffix('.log')
-        self._command = [
-            PROGRAM, '--foreground', '--readonly', '--exit-with-parent',
-            '--unix', str(listen), *arguments]
-
-    def __enter__(self) -> Self:
-        """Start it, and wait until it answers.
-
-        :raises ConfigError: nbdkit is missing or too old.
-        :raises CommandFailed: it does not start.
-        """
-        version()
-        with contextlib.suppress(FileNotFoundError):
-            self._listen.unlink()
-        with self._log.open('wb') as log:
-            self._process = subprocess.Popen(
-                self._command, stdin=subprocess.DEVNULL, stdout=log,
-                stderr=log, umask=0o007)
-        try:
-            self._wait()
-            self._listen.chmod(0o660)
-            if self._group:
-                shutil.chown(self._listen, group=self._group)
-        except BaseException:
-            self._stop()
-            raise
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop()
+        self._user = user
+        self._process: subprocess.Popen[bytes] | None = None
+        self._words: collections.deque[str] = collections.deque(
+            maxlen=_LINES)
+        self._keeper: threading.Thread | None = None
 
     @property
-    def pid(self) -> int:
-        """The process."""
-        return self._process.pid
+    def command(self) -> list[str]:
+        """The command line, as a service manager could run it too."""
+        drop = []
+        if self._user is not None:
+            drop += ['-u', self._user]
+            if self._group is not None:
+                drop += ['-g', self._group]
+        return [_PROGRAM, '-f', '-r', '-t', '1', '-U', os.fspath(self.path),
+                *drop, *self._arguments]
 
-    def _wait(self) -> None:
+    @property
+    def pid(self) -> int | None:
+        """Of the running process; None when there is none."""
+        process = self._process
+        if process is None or process.poll() is not None:
+            return None
+        return process.pid
+
+    @property
+    def words(self) -> str:
+        """The last that it said on stderr."""
+        return '\n'.join(self._words)
+
+    def start(self) -> None:
+        """Start it, and return when it answers.
+
+        :raises ConfigError: nbdkit is missing or old, or the socket's path
+            or group cannot work.
+        :raises Busy: another process serves the socket.
+        :raises CommandFailed: it ended, or does not answer.
+        """
+        version()
+        ensure.vacate(self.path)
+        command = [*self.command[:1], '--exit-with-parent',
+                   *self.command[1:]]
+        self._words.clear()
+        spawned: queue.SimpleQueue[subprocess.Popen[bytes] | OSError] = (
+            queue.SimpleQueue())
+        self._keeper = threading.Thread(
+            target=self._keep, args=(command, spawned), daemon=True,
+            name='nbdkit')
+        self._keeper.start()
+        process = spawned.get()
+        if isinstance(process, OSError):
+            raise exception.ConfigError(
+                f'nbdkit cannot be run: {process}') from process
+        self._process = process
+        try:
+            self._await(command, process)
+            ensure.admit(self.path, self._group)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Stop it: asked, then killed. Requests under way may fail."""
+        if self._process is None or self._keeper is None:
+            return
+        process, self._process = self._process, None
+        process.terminate()
+        try:
+            process.wait(_STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        self._keeper.join(_STOP_SECONDS)
+        self.path.unlink(missing_ok=True)
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None,
+                 value: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        self.close()
+
+    def _keep(self, command: list[str], spawned:
+              'queue.SimpleQueue[subprocess.Popen[bytes] | OSError]') -> None:
+        """Run it in a thread of its own, which lives as long as nbdkit.
+
+        For Linux the thread that forks is the parent: nbdkit would go with
+        it, however long our process lives.
+        """
+        try:
+            process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE, umask=_UMASK)
+        except OSError as error:
+            spawned.put(error)
+            return
+        spawned.put(process)
+        assert process.stderr is not None
+        with process.stderr as stream:
+            while line := stream.readline(_LINE_LIMIT):
+                words = line.decode(errors='replace').rstrip()
+                self._words.append(words)
+                LOG.warning('%s: %s', self.path.name, words)
+        process.wait()
+
+    def _await(self, command: list[str],
+               process: subprocess.Popen[bytes]) -> None:
         deadline = time.monotonic() + _START_SECONDS
         while time.monotonic() < deadline:
-            if self._process.poll() is not None:
-                break
+            status = process.poll()
+            if status is not None:
+                if self._keeper:
+                    self._keeper.join(_STOP_SECONDS)
+                raise exception.CommandFailed(command, status, self.words)
             with socket.socket(socket.AF_UNIX) as probe:
-                try:
-                    probe.connect(str(self._listen))
-                    return
-                except OSError:
-                    time.sleep(0.01)
+                probe.settimeout(1)
+                with contextlib.suppress(OSError):
+                    probe.connect(os.fspath(self.path))
+                    if probe.recv(_GREETING):
+                        return
+            time.sleep(0.01)
         raise exception.CommandFailed(
-            self._command, self._process.poll() or 0, self.words())
-
-    def _stop(self) -> None:
-        self._process.terminate()
-        try:
-            self._process.wait(_STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        with contextlib.suppress(FileNotFoundError):
-            self._listen.unlink()
-
-    def words(self) -> str:
-        """The end of what it printed."""
-        with self._log.open('rb') as log:
-            log.seek(max(0, os.fstat(log.fileno()).st_size - 4096))
-            return log.read().decode(errors='replace')
+            command, -9, f'no answer on {self.path} for {_START_SECONDS} '
+                         f'seconds: {self.words}')
 
 
 class Export(Server):
-    """The slots of all volumes of a host as exports."""
+    """The slots of a host, an export name an image.
 
-    def __init__(self, root: pathlib.Path, listen: pathlib.Path, *,
-                 agent: pathlib.Path | None = None, wait: int = 25,
-                 group: str | None = None) -> None:
-        """Prepare it.
+    :param root: directory with ``volumes/``.
+    :param path: of the socket to serve.
+    :param agent: socket of the agent, which is asked for what is missing;
+        None: reads of it fail.
+    :param wait: seconds that a read waits for the agent.
+    """
 
-        :param root: the host's directory, with ``volumes``.
-        :param agent: socket of :class:`fastboot_common.ensure.EnsureServer`.
-        :param wait: seconds that a miss waits for the agent.
-        """
-        arguments = ['python', str(_PLUGIN), f'root={root}', f'wait={wait}']
-        if agent:
-            arguments.append(f'agent={agent}')
-        super().__init__(listen, arguments, group=group)
+    def __init__(self, root: pathlib.Path, path: pathlib.Path, *,
+                 agent: pathlib.Path | None = None, wait: float = 25,
+                 group: str | None = None, user: str | None = None) -> None:
+        asked = [] if agent is None else [f'agent={agent}']
+        super().__init__(
+            path, ['python', os.fspath(_PLUGIN), f'root={root}', *asked,
+                   f'wait={wait}'], group=group, user=user)
 
 
 class Shield(Server):
-    """Stands before the export, so that it can be restarted under guests."""
+    """Stands in front of the export while that is restarted.
 
-    def __init__(self, listen: pathlib.Path, upstream: pathlib.Path, *,
+    A read that finds the export gone waits until it is back, once, and at
+    most `wait` seconds; then it fails. So does opening. nbdkit's retry
+    filter handles one request of a connection at a time.
+
+    :param path: of the socket to serve, the one that guests use.
+    :param upstream: the export's socket.
+    :param wait: whole seconds, 1 or more.
+    :param log: where every request is noted; None: nowhere.
+    :raises Invalid: `wait` is too short.
+    """
+
+    def __init__(self, path: pathlib.Path, upstream: pathlib.Path, *,
                  wait: int = 4, log: pathlib.Path | None = None,
-                 group: str | None = None) -> None:
-        """Prepare it.
+                 group: str | None = None, user: str | None = None) -> None:
+        if wait < 1:
+            raise exception.Invalid('a shield waits 1 second or more')
+        self._log = log
+        noted = [] if log is None else ['--filter=log']
+        into = [] if log is None else [f'logfile={log}']
+        # One retry: its delay, then the plugin's own tries to connect, one
+        # a second. Several would multiply what an unlucky miss waits for.
+        super().__init__(
+            path, [*noted, '--filter=retry', 'nbd', f'socket={upstream}',
+                   'dynamic-export=true', f'retry={wait - 1}', 'retries=1',
+                   'retry-delay=1', 'retry-exponential=no', *into],
+            group=group, user=user)
 
-        :param upstream: the export's socket.
-        :param wait: seconds that it tries to reach the export.
-        :param log: where every request is noted.
-        """
-        filters = ['--filter=log'] if log else []
-        arguments = [
-            *filters, '--filter=retry', 'nbd', f'socket={upstream}',
-            'dynamic-export=true', f'retry={wait}', f'retries={wait}',
-            'retry-delay=1', 'retry-exponential=no']
-        if log:
-            arguments.append(f'logfile={log}')
-        super().__init__(listen, arguments, group=group)
+    def start(self) -> None:
+        _prepare_log(self._log)
+        super().start()
 
 
 class Tap(Server):
-    """Serves a raw file and notes every read: what captures record."""
+    """Serves a raw file and notes every read, for captures.
 
-    def __init__(self, raw: pathlib.Path, listen: pathlib.Path,
+    :param raw: the file.
+    :param path: of the socket to serve.
+    :param log: written by nbdkit's log filter; what was there is lost.
+    """
+
+    def __init__(self, raw: pathlib.Path, path: pathlib.Path,
                  log: pathlib.Path) -> None:
-        """Prepare it.
+        self._log = log
+        super().__init__(path, ['--filter=log', 'file', f'file={raw}',
+                                f'logfile={log}'])
 
-        :param log: see :mod:`fastboot_common.trace`.
-        """
-        super().__init__(listen, ['--filter=log', 'file', str(raw),
-                                  f'logfile={log}'])
+    def start(self) -> None:
+        _prepare_log(self._log)
+        super().start()
+
+
+def _prepare_log(log: pathlib.Path | None) -> None:
+    """nbdkit keeps the mode of a log that is there."""
+    if log is not None:
+        os.close(os.open(log, os.O_WRONLY | os.O_CREAT, 0o640))

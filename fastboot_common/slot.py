@@ -13,7 +13,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from fastboot_common import blocks, exception, qcow2
+from fastboot_common import blocks, exception, files, qcow2
 
 SLOT: Final = 65536
 SLOTS_END: Final = 64 << 30
@@ -133,9 +133,9 @@ class Slot:
             while count:
                 table, inner = divmod(first, self.per_table)
                 part = min(count, self.per_table - inner)
-                blocks.write_exactly(
-                    self._fd, raw[done * 8:(done + part) * 8],
-                    int(self._tables[table]) + inner * 8)
+                files.store_words(
+                    self._fd, int(self._tables[table]) + inner * 8,
+                    raw[done * 8:(done + part) * 8])
                 first, count, done = first + part, count - part, done + part
 
     def write_header(self, backing: str | None) -> None:

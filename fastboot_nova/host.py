@@ -426,7 +426,9 @@ class Host:
         for _, image_id in idle:
             if freed >= wanted:
                 break
-            freed += self.evict([image_id])
+            # A guest may have come for it, or others evicted it, meanwhile.
+            with contextlib.suppress(exception.Busy, exception.NotFound):
+                freed += self.evict([image_id])
         return freed
 
     # Looking at it

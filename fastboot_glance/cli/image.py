@@ -23,7 +23,8 @@ class Add(base.ShowOne):
                             help='raw, qcow2, vmdk, vdi or vhdx')
         parser.add_argument('--id', help='default: a new UUID')
         parser.add_argument('--name', help='default: the name of the file')
-        parser.add_argument('--disk-format', help='the file must have this format')
+        parser.add_argument('--disk-format', metavar='FORMAT',
+                            help='the file must have this format')
         parser.add_argument('--visibility', default='public',
                             choices=journal.VISIBILITIES)
         parser.add_argument('--owner', default='', metavar='PROJECT',

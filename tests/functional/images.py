@@ -210,6 +210,9 @@ def verify(one, image, data):
     except LookupError:
         assert not (one / 'complete' / image.image_id).exists()
         return None
+    name = one / 'complete' / image.image_id
+    # Before the blocks: it may become complete while they are read.
+    named = name.exists()
     try:
         assert reader.size == len(data)
         missing = 0
@@ -222,8 +225,7 @@ def verify(one, image, data):
             elif block != want:
                 raise AssertionError(
                     f'block {number} of {image.image_id} is wrong')
-        name = one / 'complete' / image.image_id
-        if name.exists():
+        if named:
             assert missing == 0
             assert name.samefile(one / 'volume')
         if not reader.backing:

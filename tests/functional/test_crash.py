@@ -59,6 +59,7 @@ class Steps:
         for name in ('rename', 'unlink'):
             self.wrap(pathlib.Path, name)
         self.wrap(files, 'punch')
+        self.wrap(files, 'store_words')
         for name in ('add', 'keep', 'clear'):
             self.wrap(blockindex.BlockIndex, name)
         busy = blockindex.BlockIndex.busy
@@ -86,6 +87,8 @@ class Power(Steps):
         self._pwrite, self._punch = os.pwrite, files.punch
         self._sync = os.fdatasync
         os.pwrite, files.punch = self.pwrite, self.punch
+        files.store_words = lambda fd, offset, words: self.pwrite(
+            fd, words, offset)
         os.fdatasync = self.fdatasync
         super().install()
 

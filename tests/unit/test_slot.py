@@ -10,7 +10,7 @@ from hostile import bounded, survives
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastboot_common import exception, qcow2, slot
+from fastboot_common import exception, files, qcow2, slot
 
 SIZE = 1 << 40
 
@@ -128,3 +128,15 @@ def test_table_array(numbers):
     for row, table in zip(which.tolist(), tables, strict=True):
         assert table.tolist() == [
             0 if row * 512 + inner in numbers else 1 for inner in range(512)]
+
+
+@pytest.mark.parametrize('offset', [0, 8, 4096 - 8, 65536 + 16])
+def test_stored_words_are_where_they_belong(tmp_path, offset):
+    words = bytes(range(1, 25))
+    path = tmp_path / 'file'
+    path.write_bytes(b'\xff' * 70000)
+    with path.open('r+b') as file:
+        files.store_words(file.fileno(), offset, words)
+    data = path.read_bytes()
+    assert data[offset:offset + 24] == words
+    assert data.count(0xff) == 70000 - 24
