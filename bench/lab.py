@@ -17,6 +17,7 @@ from oslo_config import cfg
 from fastboot_common import (
     chain,
     exception,
+    files,
     publish,
     qemu,
     repository,
@@ -76,6 +77,17 @@ class Lab:
             part = file.with_suffix('.part')
             qemu.convert(str(self.image(name)), str(part), timeout=600)
             part.rename(file)
+        return file
+
+    def dense(self, name: str) -> pathlib.Path:
+        """What is no hole of the raw file, as one file."""
+        file = self.path / 'guests' / f'{name}.dense'
+        if not file.exists():
+            with self.raw(name).open('rb') as raw, file.open('wb') as out:
+                size = os.fstat(raw.fileno()).st_size
+                for start, end in files.data_ranges(raw.fileno(), 0, size):
+                    raw.seek(start)
+                    out.write(raw.read(end - start))
         return file
 
     def open_repository(self) -> repository.Repository:
