@@ -92,6 +92,8 @@ def total(extents: Extents) -> int:
 
 def clip(extents: Extents, first: int, count: int) -> Extents:
     """The part of the map for `count` blocks from `first`."""
+    if count < 1:
+        return np.empty(0, DTYPE)
     block = extents['block'].astype(np.int64)
     low = int(np.searchsorted(block + extents['count'], first, side='right'))
     high = int(np.searchsorted(block, first + count, side='left'))

@@ -9,13 +9,10 @@ import pathlib
 import shutil
 import struct
 import subprocess
-import sys
 import tempfile
 import time
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / 'unit'))
-
-from disks import (  # noqa: E402
+from disks import (
     data_blocks,
     disk,
     make_repository,

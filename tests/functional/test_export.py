@@ -15,9 +15,9 @@ import threading
 import time
 
 import pytest
+import slots
 
 from fastboot_common import ensure, exception, nbdkit, qcow2
-from tests.functional import slots
 
 pytestmark = pytest.mark.skipif(
     not (shutil.which('nbdkit') and shutil.which('qemu-img')),
