@@ -33,8 +33,6 @@ from fastboot_common import (
 from fastboot_common.store.local import LocalStore
 from fastboot_nova import host as hosts
 
-Measure = Callable[['Bench'], None]
-
 
 class Bench:
     """What the measurements share."""

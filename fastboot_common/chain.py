@@ -13,7 +13,6 @@ from typing import Final
 from xml.etree import ElementTree
 
 from fastboot_common import exception, qemu
-from fastboot_common.slot import SLOT as SLOT
 
 #: sockaddr_un's path, with its end.
 _SOCKET_LIMIT: Final = 107

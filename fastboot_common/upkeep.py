@@ -15,9 +15,9 @@ from fastboot_common import (
     extents,
     journal,
     pack,
+    publish,
     store,
 )
-from fastboot_common.publish import content_root as content_root
 from fastboot_common.repository import Repository
 
 #: Seconds that an unfinished file is left alone at least: it may be in use.
@@ -159,7 +159,7 @@ def _check_image(repository: Repository, image: journal.Image,
         if lacking:
             yield Problem(name, f'needs packs that the journal does not '
                                 f'know: {", ".join(sorted(lacking))}')
-        elif content_root(found, repository.pack_index) != found.root:
+        elif publish.content_root(found, repository.pack_index) != found.root:
             yield Problem(name, 'its packs give another content')
     except exception.FastbootError as error:
         yield Problem(name, str(error))

@@ -16,7 +16,6 @@ import json
 import logging
 import os
 import pathlib
-import shutil
 import sqlite3
 import threading
 import time
@@ -721,11 +720,6 @@ class Volume:
     def _digest(self, offset: int) -> bytes:
         return hashlib.sha256(
             blocks.read_exactly(self._fd, self.block_size, offset)).digest()
-
-
-def remove(path: pathlib.Path) -> None:
-    """Delete a whole volume (a project's, when its last image is gone)."""
-    shutil.rmtree(path)
 
 
 def _lock(path: pathlib.Path) -> int:

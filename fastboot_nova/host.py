@@ -25,6 +25,7 @@ from fastboot_common import (
     extents,
     journal,
     manifest,
+    slot,
     store,
     volume,
 )
@@ -266,7 +267,7 @@ class Host:
         complete = one.complete_name(image_id)
         return chain.Link(
             image_id=image_id, volume=one.file, size=one.size,
-            start=image.serial * chain.SLOT,
+            start=image.serial * slot.SLOT,
             virtual_size=image.virtual_size,
             complete=complete if complete.exists() else None)
 

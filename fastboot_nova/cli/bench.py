@@ -10,8 +10,7 @@ from typing import Any
 
 from fastboot_common import chain, exception, trace
 from fastboot_common.cli import base
-from fastboot_nova import node
-from fastboot_nova.cli.base import open_host
+from fastboot_nova.cli.base import open_host, open_node
 
 _HOLDER = 'bench'
 _TIMEOUT = 600
@@ -41,10 +40,7 @@ class Replay(base.ShowOne):
         if parsed_args.cold and os.geteuid():
             raise exception.Invalid('--cold needs root')
         env = self.env
-        with open_host(env) as opened, node.Node(
-                opened, env.run, socket=env.shield_socket,
-                wait=env.conf.export.wait,
-                shield_wait=env.conf.export.shield_wait):
+        with open_host(env) as opened, open_node(env, opened):
             image = opened.image(parsed_args.image)
             found = opened.mirror.read_manifest(image.manifest)
             reads = found.trace[found.trace['boot'] == 0]

@@ -19,8 +19,7 @@ from fastboot_common import (
     trace,
 )
 from fastboot_common.cli import base
-from fastboot_nova import node
-from fastboot_nova.cli.base import open_host
+from fastboot_nova.cli.base import open_host, open_node
 
 
 class Run(base.ShowOne):
@@ -66,11 +65,7 @@ class Run(base.ShowOne):
         log = directory / 'misses.log'
         log.unlink(missing_ok=True)
         try:
-            with open_host(env) as host, node.Node(
-                    host, env.run, socket=env.shield_socket,
-                    wait=env.conf.export.wait,
-                    shield_wait=env.conf.export.shield_wait,
-                    group=env.conf.export.group, log=log):
+            with open_host(env) as host, open_node(env, host, log):
                 return self._run_guest(parsed_args, host, directory, log)
         finally:
             if not parsed_args.keep:
