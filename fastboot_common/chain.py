@@ -8,11 +8,16 @@ reference/volume.
 
 import dataclasses
 import json
+import os
 import pathlib
 from typing import Final
 from xml.etree import ElementTree
 
-from fastboot_common import exception, qemu
+from fastboot_common import exception, files, qemu
+
+#: The file of a volume, and the directory of its complete names beside it.
+VOLUME: Final = 'volume'
+COMPLETE: Final = 'complete'
 
 #: sockaddr_un's path, with its end.
 _SOCKET_LIMIT: Final = 107
@@ -61,8 +66,20 @@ def nbd(image_id: str, socket: pathlib.Path) -> str:
 
 
 def make_stub(path: pathlib.Path, link: Link) -> None:
-    """Make the small qcow2 at the place of Nova's base image."""
-    qemu.create_overlay(path, link.backing, 'qcow2', link.virtual_size)
+    """Make the small qcow2 at the place of Nova's base image, or replace it.
+
+    Guests that have an older one open keep it; both name the same slot.
+    Two at once for one path must be kept apart by the caller.
+    """
+    temporary = path.with_name(f'.{path.name}.tmp')
+    qemu.create_overlay(temporary, link.backing, 'qcow2', link.virtual_size)
+    fd = os.open(temporary, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        files.sync(fd)
+    finally:
+        os.close(fd)
+    temporary.rename(path)
+    files.sync_directory(path.parent)
 
 
 def make_disk(path: pathlib.Path, stub: pathlib.Path, size: int) -> None:
@@ -73,17 +90,23 @@ def make_disk(path: pathlib.Path, stub: pathlib.Path, size: int) -> None:
     qemu.create_overlay(path, str(stub), 'qcow2', size)
 
 
-def backing_store(stub: pathlib.Path, link: Link,
-                  socket: pathlib.Path) -> ElementTree.Element:
+def backing_store(stub: pathlib.Path, link: Link, socket: pathlib.Path,
+                  device: pathlib.Path | None = None) -> ElementTree.Element:
     """The ``<backingStore>`` of a disk whose overlay lies on `stub`.
 
     libvirt must get all of it: it probes the volume's poison otherwise.
+
+    :param device: a block device that has the volume's bytes, to be read in
+        its place.
     """
     outer, source = _layer('file', 'qcow2')
     source.set('file', str(stub))
     _keep_owner(source)
-    inner, source = _layer('file', 'qcow2', outer)
-    source.set('file', str(link.complete or link.volume))
+    inner, source = _layer('block' if device else 'file', 'qcow2', outer)
+    if device:
+        source.set('dev', str(device))
+    else:
+        source.set('file', str(link.complete or link.volume))
     _keep_owner(source)
     slices = ElementTree.SubElement(source, 'slices')
     ElementTree.SubElement(

@@ -12,6 +12,8 @@ from typing import Final
 from fastboot_common import exception
 
 MAGIC: Final = 0x514649FB
+#: Bytes of the slot of one serial in a volume.
+SLOT: Final = 65536
 #: A slot's header must fit one sector, so that a crash leaves the old or the
 #: new one.
 HEADER_LIMIT: Final = 512

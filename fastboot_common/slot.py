@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from fastboot_common import blocks, exception, files, qcow2
 
-SLOT: Final = 65536
+SLOT: Final = qcow2.SLOT
 SLOTS_END: Final = 64 << 30
 #: An empty refcount table that all slots name.
 REFCOUNTS: Final = SLOTS_END

@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Options of nova-compute's driver; they stand in nova.conf."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from oslo_config import cfg
+
+GROUP = 'fastboot'
+OPTS = [
+    cfg.BoolOpt(
+        'enabled', default=True,
+        help='Whether new servers boot from local blocks where they can. '
+             'Off: every new server takes the stock path; servers that are '
+             'here already go on as they are.'),
+    cfg.StrOpt(
+        'agent_socket', default='/var/lib/fastboot/run/agent.sock',
+        help='Socket of fastboot-agent on this host.'),
+    cfg.StrOpt(
+        'export_socket', default='/var/lib/fastboot/run/nbd.sock',
+        help='Socket where guests reach blocks that are not on this host '
+             'yet. It must be the same on all hosts between which servers '
+             'migrate.'),
+    cfg.FloatOpt(
+        'timeout', default=1.0, min=0.05, max=30,
+        help='Seconds that the start of a new server waits for the agent '
+             'before it takes the stock path.'),
+    cfg.FloatOpt(
+        'patience', default=60.0, min=0,
+        help='Seconds that a server whose disk already lies on local blocks '
+             'waits until they are here: a migration to a host that never '
+             'saw the image, or a start while the agent restarts.'),
+]
+
+
+def list_opts() -> list[tuple[str, Sequence[Any]]]:
+    """What stands in nova.conf."""
+    return [(GROUP, OPTS)]

@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the files of a guest's disk say about its chain.
+
+Overlay → stub → slot, found by reading them: no agent, no qemu-img, and
+nothing is opened that could wait. True for the disks of old instances,
+rescue disks and images that nobody knows any more.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import struct
+from typing import Final
+
+from fastboot_common import chain, exception, qcow2
+
+#: Of every qcow2, any version: magic, version, place and length of the
+#: backing string, cluster bits, size.
+_HEADER: Final = struct.Struct('>IIQIIQ')
+#: What the specification allows (docs/interop/qcow2.txt).
+_BACKING_LIMIT: Final = 1023
+_DESCRIPTION_LIMIT: Final = 64 << 10
+_PREFIX: Final = 'json:'
+
+
+@dataclasses.dataclass(frozen=True)
+class Stub:
+    """What a stub says (bytes).
+
+    :ivar directory: of the volume.
+    :ivar start: where the slot is in the volume.
+    :ivar size: from there to the volume's end.
+    :ivar virtual_size: of the image.
+    :ivar complete: it names the complete name.
+    """
+
+    directory: pathlib.Path
+    start: int
+    size: int
+    virtual_size: int
+    complete: bool
+
+
+def base_name(image_id: str) -> str:
+    """The name that Nova gives the base of an image (imagecache.py)."""
+    return hashlib.sha1(image_id.encode(), usedforsecurity=False).hexdigest()
+
+
+def read_backing(path: pathlib.Path) -> tuple[str | None, int] | None:
+    """Backing string and virtual size (bytes) of a qcow2 file.
+
+    :returns: None if it is no qcow2.
+    :raises NotFound: there is no such file.
+    :raises Corrupt: it looks like a qcow2, but is none.
+    """
+    try:
+        with open(path, 'rb') as file:
+            head = file.read(_HEADER.size)
+            if len(head) < _HEADER.size:
+                return None
+            magic, _, offset, length, _, size = _HEADER.unpack(head)
+            if magic != qcow2.MAGIC:
+                return None
+            if not offset:
+                return None, size
+            if length > _BACKING_LIMIT:
+                raise exception.Corrupt(f'{path}: backing string of '
+                                        f'{length} bytes')
+            file.seek(offset)
+            return file.read(length).decode(), size
+    except FileNotFoundError as error:
+        raise exception.NotFound(f'{path} is not there') from error
+    except (UnicodeDecodeError, OverflowError, ValueError) as error:
+        raise exception.Corrupt(f'{path}: backing string: {error}') from error
+
+
+def read_stub(path: pathlib.Path) -> Stub | None:
+    """What a stub says; None for any other file.
+
+    :raises NotFound: there is no such file.
+    """
+    found = read_backing(path)
+    if not found or not found[0] or not found[0].startswith(_PREFIX):
+        return None
+    backing, virtual_size = found[0], found[1]
+    try:
+        outer = json.loads(backing[len(_PREFIX):])
+        inner = outer['file']
+        name = pathlib.Path(inner['file']['filename'])
+        start, size = inner['offset'], inner['size']
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    if not (isinstance(start, int) and isinstance(size, int)
+            and name.is_absolute() and start % qcow2.SLOT == 0):
+        return None
+    complete = name.parent.name == chain.COMPLETE
+    if not complete and name.name != chain.VOLUME:
+        return None
+    link = chain.Link(
+        '', name.parent.parent / chain.VOLUME if complete else name,
+        start + size, start, virtual_size, name if complete else None)
+    # Whatever is not exactly what we write is not ours.
+    if link.backing != backing:
+        return None
+    return Stub(link.volume.parent, start, size, virtual_size, complete)
+
+
+def follow(stub: pathlib.Path) -> chain.Link:
+    """Where the slot under a stub is now, and whether it is complete.
+
+    :param stub: named as Nova names bases, with anything behind it.
+    :raises NotFound: it is not there, or is no stub, or its slot is gone.
+    :raises Corrupt: stub and volume contradict each other.
+    """
+    found = read_stub(stub)
+    if found is None:
+        raise exception.NotFound(f'{stub} is not a stub')
+    image_id = _image_id(found.directory, stub)
+    serial, virtual_size = _description(
+        found.directory / 'images' / image_id)
+    if (serial * qcow2.SLOT, virtual_size) != (
+            found.start, found.virtual_size):
+        raise exception.Corrupt(
+            f'{stub} names the slot at {found.start}, where image '
+            f'{image_id} is not; it must not be used')
+    complete = found.directory / chain.COMPLETE / image_id
+    return chain.Link(
+        image_id, found.directory / chain.VOLUME, found.start + found.size,
+        found.start, found.virtual_size,
+        complete if complete.exists() else None)
+
+
+def _image_id(directory: pathlib.Path, stub: pathlib.Path) -> str:
+    # A stub of a complete image could tell, one of a lazy image cannot.
+    try:
+        names = os.listdir(directory / 'images')
+    except FileNotFoundError:
+        names = []
+    for name in names:
+        if stub.name.startswith(base_name(name)):
+            return name
+    raise exception.NotFound(
+        f'{directory} has no image for {stub}; was it evicted?')
+
+
+def _description(path: pathlib.Path) -> tuple[int, int]:
+    """Serial and virtual size (bytes) of an image in a volume."""
+    try:
+        with open(path, 'rb') as file:
+            raw = json.loads(file.read(_DESCRIPTION_LIMIT))
+        return int(raw['serial']), int(raw['virtual_size'])
+    except FileNotFoundError as error:
+        raise exception.NotFound(f'{path} is not there') from error
+    except (ValueError, KeyError, TypeError, OverflowError,
+            RecursionError) as error:
+        raise exception.Corrupt(f'{path}: {error!r}') from error

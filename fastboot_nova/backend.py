@@ -1,0 +1,384 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Nova's image backend: disks on stubs, or Nova's own way.
+
+A subclass of Nova's ``Qcow2``, so that whatever Nova decides by class, name
+or format stays as it is. Imports nova; only nova-compute loads it.
+
+The base of a disk that lies on local blocks is a stub, named as an old
+Nova named resized bases (``<sha1>_sm``): the image cache manager counts it
+as a base of the image, and a stock base can lie beside it.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import os
+import pathlib
+import socket
+import time
+from typing import Any, Final
+from xml.etree import ElementTree
+
+import nova.conf
+from lxml import etree
+from nova import exception as nova_exception
+from nova import utils
+from nova.virt.libvirt import config as vconfig
+from nova.virt.libvirt import imagebackend
+from oslo_log import log as logging
+from oslo_utils import fileutils
+
+from fastboot_common import chain, exception, overlay
+from fastboot_common.conf import nova as options
+from fastboot_nova import client, notice
+
+LOG = logging.getLogger(__name__)
+CONF = nova.conf.CONF
+CONF.register_opts(options.OPTS, group=options.GROUP)
+
+SUFFIX: Final = '_sm'
+_RETRY_SECONDS: Final = 0.5
+_NBD_MAGIC: Final = b'NBDMAGIC'
+
+
+def agent() -> client.Agent:
+    """The agent of this host, as nova.conf names it."""
+    return client.Agent(CONF.fastboot.agent_socket, CONF.fastboot.timeout)
+
+
+def export_answers(path: pathlib.Path, seconds: float) -> bool:
+    """Whether guests would be served at the export's socket `path`."""
+    with socket.socket(socket.AF_UNIX) as line:
+        line.settimeout(max(seconds, 0.05))
+        try:
+            line.connect(os.fspath(path))
+            return line.recv(len(_NBD_MAGIC)) == _NBD_MAGIC
+        except OSError as error:
+            LOG.debug('The export %s does not answer: %s', path, error)
+            return False
+
+
+def stub_of(disk: str) -> pathlib.Path | None:
+    """The stub that a disk's overlay names, whether it is there or not."""
+    try:
+        found = overlay.read_backing(pathlib.Path(disk))
+    except exception.NotFound:
+        return None
+    if not found or not found[0]:
+        return None
+    base = pathlib.Path(found[0])
+    is_ours = base.is_absolute() and base.parent == base_directory() \
+        and base.name.endswith(SUFFIX)
+    # An old resized base may have the name; it has no such content.
+    if not is_ours or (base.exists() and not overlay.read_stub(base)):
+        return None
+    return base
+
+
+def base_directory() -> pathlib.Path:
+    """Where Nova keeps bases, and we our stubs."""
+    return pathlib.Path(CONF.instances_path,
+                        CONF.image_cache.subdirectory_name)
+
+
+class ChainedDisk(vconfig.LibvirtConfigGuestDisk):
+    """A disk whose backing chain stands in the domain's XML.
+
+    Nova parses ``<backingStore>``, but never writes it.
+    """
+
+    chain: Any = None
+
+    def format_dom(self) -> Any:
+        """The ``<disk>`` element."""
+        disk = super().format_dom()
+        disk.append(self.chain)
+        return disk
+
+
+class FastbootQcow2(imagebackend.Qcow2):
+    """A qcow2 disk, on local blocks where they are."""
+
+    def __init__(self, instance: Any = None, disk_name: str | None = None,
+                 path: str | None = None,
+                 disk_info_mapping: dict[str, Any] | None = None) -> None:
+        super().__init__(instance, disk_name, path, disk_info_mapping)
+        self._instance = instance
+
+    # Making disks
+
+    def cache(self, fetch_func: Any, filename: str,
+              size: int | None = None, safe: bool = False, *args: Any,
+              **kwargs: Any) -> None:
+        """Make the disk and its base; see Nova's ``Image.cache``.
+
+        :param filename: of the base that Nova wants.
+        :raises InvalidDiskInfo: the disk lies on local blocks that do not
+            come.
+        """
+        stub = self._choose(filename, kwargs)
+        super().cache(fetch_func, stub.name if stub else filename, size,
+                      safe, *args, **kwargs)
+
+    def _choose(self, filename: str,
+                kwargs: dict[str, Any]) -> pathlib.Path | None:
+        """The stub that the disk is to lie on; None: Nova's own base."""
+        image_id = kwargs.get('image_id')
+        below = stub_of(self.path)
+        if below and filename in (below.name,
+                                  below.name.removesuffix(SUFFIX)):
+            return self.restore(below, image_id)
+        if filename.endswith(SUFFIX) and not (
+                base_directory() / filename).exists():
+            # The destination of a migration: the disk is not made yet.
+            return self.restore(base_directory() / filename, image_id)
+        if image_id is None or filename != overlay.base_name(image_id):
+            return None
+        if self.exists() and self._lies_on(filename):
+            return None
+        return self._hit(image_id, kwargs)
+
+    def _lies_on(self, filename: str) -> bool:
+        with contextlib.suppress(exception.FastbootError):
+            found = overlay.read_backing(pathlib.Path(self.path))
+            return bool(found and found[0]
+                        and os.path.basename(found[0]) == filename)
+        return False
+
+    def _hit(self, image_id: str,
+             kwargs: dict[str, Any]) -> pathlib.Path | None:
+        """A stub for a new disk, or None and the reason in the log."""
+        began = time.monotonic()
+        stub = base_directory() / (overlay.base_name(image_id) + SUFFIX)
+        try:
+            self._check_eligible(kwargs)
+            lease = agent().acquire(image_id, stub)
+            left = CONF.fastboot.timeout - (time.monotonic() - began)
+            self._check_usable(lease, left)
+            self._write_stub(stub, lease.link)
+        except (exception.FastbootError, OSError) as error:
+            seconds = time.monotonic() - began
+            LOG.info('fastboot: miss for image %s after %.0f ms, stock path: '
+                     '%s', image_id, seconds * 1000, error,
+                     instance=self._instance)
+            notice.emit('miss', image_id, self._instance, seconds=seconds,
+                        reason=str(error))
+            return None
+        seconds = time.monotonic() - began
+        LOG.info('fastboot: hit for image %s in %.0f ms (agent %.0f ms, '
+                 '%d bytes thawed), %s', image_id, seconds * 1000,
+                 lease.seconds * 1000, lease.thawed,
+                 'complete' if lease.link.complete else 'rest on demand',
+                 instance=self._instance)
+        notice.emit('hit', image_id, self._instance, seconds=seconds,
+                    thawed=lease.thawed)
+        return stub
+
+    def _check_eligible(self, kwargs: dict[str, Any]) -> None:
+        """Leave to Nova what only Nova can do.
+
+        :raises Invalid: and why.
+        """
+        mapping = self.disk_info_mapping or {}
+        instance = self._instance
+        reasons = (
+            (not CONF.fastboot.enabled, '[fastboot] enabled is off'),
+            (CONF.glance.verify_glance_signatures,
+             '[glance] verify_glance_signatures is on'),
+            (kwargs.get('trusted_certs'), 'the server has trusted '
+                                          'certificates'),
+            (mapping.get('encrypted'), 'the disk is encrypted'),
+            (instance is not None and (instance.kernel_id
+                                       or instance.ramdisk_id),
+             'the image has a kernel or ramdisk of its own'),
+        )
+        for applies, words in reasons:
+            if applies:
+                raise exception.Invalid(words)
+
+    @staticmethod
+    def _check_usable(lease: client.Lease, seconds: float) -> None:
+        """A chain that cannot be opened is no hit.
+
+        :raises Unavailable: and why.
+        """
+        place = lease.link.complete or lease.link.volume
+        if not os.access(place, os.R_OK):
+            raise exception.Unavailable(f'{place} cannot be read')
+        if not lease.link.complete and not export_answers(
+                lease.socket, seconds):
+            raise exception.Unavailable(
+                f'the export does not answer at {lease.socket}')
+
+    def _write_stub(self, stub: pathlib.Path, link: chain.Link) -> None:
+        """Make the stub, or renew one that says something else."""
+        fileutils.ensure_tree(str(stub.parent))
+
+        # The lock that Nova's cache manager holds when it removes a base.
+        @utils.synchronized(stub.name, external=True,
+                            lock_path=self.lock_path)
+        def write() -> None:
+            found = overlay.read_backing(stub) if stub.exists() else None
+            if not found or found[0] != link.backing:
+                chain.make_stub(stub, link)
+            imagebackend._update_utime_ignore_eacces(str(stub))
+
+        write()
+
+    def restore(self, stub: pathlib.Path,
+                image_id: str | None = None) -> pathlib.Path:
+        """See to it that a stub which a disk needs is there, and leased.
+
+        :param image_id: a guess.
+        :raises InvalidDiskInfo: it is not, after ``[fastboot] patience``.
+        """
+        deadline = time.monotonic() + CONF.fastboot.patience
+        while True:
+            try:
+                lease = agent().acquire(
+                    self._image_of(stub, image_id), stub)
+                self._write_stub(stub, lease.link)
+                return stub
+            except (exception.FastbootError, OSError) as error:
+                if self._usable(stub):
+                    LOG.warning('fastboot: %s cannot be leased, but is '
+                                'there: %s', stub, error,
+                                instance=self._instance)
+                    return stub
+                if time.monotonic() > deadline:
+                    raise nova_exception.InvalidDiskInfo(
+                        reason=f'{self.path} lies on {stub}, which is '
+                               f'missing and cannot be made: '
+                               f'{error}') from error
+            time.sleep(_RETRY_SECONDS)
+
+    @staticmethod
+    def _usable(stub: pathlib.Path) -> bool:
+        with contextlib.suppress(exception.NotFound):
+            overlay.follow(stub)
+            return True
+        return False
+
+    @staticmethod
+    def _image_of(stub: pathlib.Path, image_id: str | None) -> str:
+        if image_id and stub.name.startswith(overlay.base_name(image_id)):
+            return image_id
+        with contextlib.suppress(exception.NotFound):
+            return overlay.follow(stub).image_id
+        # A rescue image, or one that the server was rebuilt from.
+        for known in agent().image_ids():
+            if stub.name.startswith(overlay.base_name(known)):
+                return known
+        raise exception.NotFound(f'no image is known whose base would be '
+                                 f'{stub.name}')
+
+    def create_image(self, prepare_template: Any, base: str,
+                     size: int | None, safe: bool = False, *args: Any,
+                     **kwargs: Any) -> None:
+        """Make the disk on its base; see Nova's ``Qcow2.create_image``."""
+        stub = pathlib.Path(base)
+        found = overlay.read_stub(stub) if stub.exists() else None
+        if found is None:
+            super().create_image(prepare_template, base, size, safe, *args,
+                                 **kwargs)
+            return
+        self.verify_base_size(base, size, found.virtual_size)
+        if not self.exists():
+            with fileutils.remove_path_on_error(self.path):
+                # Not Nova's helper: it refuses a base that has a backing,
+                # and opens the chain.
+                chain.make_disk(pathlib.Path(self.path), stub,
+                                size or found.virtual_size)
+
+    # Describing them to libvirt
+
+    def libvirt_info(self, cache_mode: str, *args: Any,
+                     **kwargs: Any) -> Any:
+        """The disk's part of the domain; see Nova's ``libvirt_info``.
+
+        :raises InvalidDiskInfo: its stub is not there.
+        """
+        info = super().libvirt_info(cache_mode, *args, **kwargs)
+        stub = stub_of(self.path)
+        if stub is None:
+            return info
+        disk = ChainedDisk()
+        disk.__dict__.update(info.__dict__)
+        disk.chain = self._backing_store(stub, cache_mode)
+        return disk
+
+    def _backing_store(self, stub: pathlib.Path, cache_mode: str) -> Any:
+        try:
+            link = overlay.follow(stub)
+        except exception.FastbootError as error:
+            raise nova_exception.InvalidDiskInfo(
+                reason=f'{self.path}: {error}') from error
+        return _element(stub, link, self._device(stub, link, cache_mode))
+
+    @staticmethod
+    def _device(stub: pathlib.Path, link: chain.Link,
+                cache_mode: str) -> pathlib.Path | None:
+        """What to read the volume through, so that guests share memory.
+
+        With O_DIRECT they would not: the agent may have a loop device.
+        """
+        if cache_mode not in ('none', 'directsync'):
+            return None
+        with contextlib.suppress(exception.FastbootError):
+            device = agent().acquire(link.image_id, stub).device
+            if device and device.is_block_device():
+                return device
+        return None
+
+
+def _element(stub: pathlib.Path, link: chain.Link,
+             device: pathlib.Path | None = None) -> Any:
+    return etree.fromstring(ElementTree.tostring(chain.backing_store(
+        stub, link, pathlib.Path(CONF.fastboot.export_socket), device)))
+
+
+def portable(domain: str) -> str:
+    """The XML of a domain in the form that every host can start.
+
+    Complete names and block devices are one host's affair; the volume and
+    the export are on all of them.
+
+    :param domain: the XML of a domain on this host.
+    """
+    tree = etree.fromstring(domain)
+    for layer in tree.findall('./devices/disk/backingStore'):
+        source = layer.find('source')
+        name = source.get('file') if source is not None else None
+        if name is None or not name.endswith(SUFFIX):
+            continue
+        stub = pathlib.Path(name)
+        with contextlib.suppress(exception.NotFound):
+            link = dataclasses.replace(overlay.follow(stub), complete=None)
+            layer.getparent().replace(layer, _element(stub, link))
+    return str(etree.tostring(tree, encoding='unicode'))
+
+
+def check_chain(disk: str) -> None:
+    """Prove that a disk on a stub could be opened now.
+
+    Asked before a running guest is destroyed for a new start.
+
+    :raises InvalidDiskInfo: it could not, and why.
+    """
+    stub = stub_of(disk)
+    if stub is None:
+        return
+    try:
+        link = overlay.follow(stub)
+        place = link.complete or link.volume
+        if not os.access(place, os.R_OK):
+            raise OSError(errno.EACCES, os.strerror(errno.EACCES),
+                          str(place))
+    except (exception.FastbootError, OSError) as error:
+        raise nova_exception.InvalidDiskInfo(
+            reason=f'{disk}: {error}') from error
+    path = pathlib.Path(CONF.fastboot.export_socket)
+    if not link.complete and not export_answers(path, CONF.fastboot.timeout):
+        raise nova_exception.InvalidDiskInfo(
+            reason=f'{disk}: blocks that are not on this host yet come from '
+                   f'{path}, where nobody answers; start fastboot-agent')

@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""nova-compute's line to the agent: one call, one connection, one deadline.
+
+Every call ends within its seconds, whatever the agent does: it may be gone,
+hang, or trickle. Plain threads and the standard library only, as nova-compute
+imports this.
+"""
+
+import dataclasses
+import http.client
+import io
+import json
+import pathlib
+import socket
+import time
+from typing import Any, Final, Self, cast
+
+from fastboot_common import chain, exception
+
+_ANSWER_LIMIT: Final = 1 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Lease:
+    """What the agent gives for an image (bytes, seconds).
+
+    :ivar socket: where guests reach the export.
+    :ivar device: a block device with the volume's bytes, if there is one.
+    :ivar thawed: bytes that were put into the volume for this call.
+    :ivar seconds: that the agent took.
+    """
+
+    link: chain.Link
+    socket: pathlib.Path
+    device: pathlib.Path | None
+    thawed: int
+    seconds: float
+
+    @classmethod
+    def parse(cls, image_id: str, raw: dict[str, Any]) -> Self:
+        """Read the answer of acquire.
+
+        :raises Unavailable: it makes no sense.
+        """
+        def path(name: str) -> pathlib.Path | None:
+            return pathlib.Path(raw[name]) if raw.get(name) else None
+
+        try:
+            if raw['image'] != image_id:
+                raise ValueError(f'asked for {image_id}')
+            volume = pathlib.Path(raw['volume'])
+            link = chain.Link(image_id, volume, int(raw['size']),
+                              int(raw['start']), int(raw['virtual_size']),
+                              path('complete'))
+            return cls(link, pathlib.Path(raw['socket']), path('loop'),
+                       int(raw.get('thawed', 0)),
+                       float(raw.get('seconds', 0)))
+        except (KeyError, TypeError, ValueError) as error:
+            raise exception.Unavailable(
+                f'the agent answers nonsense: {error!r}') from error
+
+
+class Agent:
+    """The agent of this host.
+
+    :param path: of its socket.
+    :param seconds: that a call may take.
+    """
+
+    def __init__(self, path: str, seconds: float) -> None:
+        self._path = path
+        self._seconds = seconds
+
+    def acquire(self, image_id: str, stub: pathlib.Path) -> Lease:
+        """Lease an image for as long as a stub exists.
+
+        :raises NotFound: the image is not ours, or not on this host yet.
+        :raises Unavailable: the agent does not answer, or cannot now.
+        """
+        return Lease.parse(image_id, self._call(
+            'POST', '/v1/acquire', {'image': image_id, 'holder': 'nova',
+                                    'file': str(stub)}))
+
+    def prepare(self, image_id: str) -> None:
+        """Bring the whole image here, in the background.
+
+        :raises NotFound: the image is not ours.
+        :raises Unavailable: the agent does not answer, or cannot now.
+        """
+        self._call('POST', '/v1/prepare', {'image': image_id})
+
+    def image_ids(self) -> list[str]:
+        """The images that this host knows.
+
+        :raises Unavailable: the agent does not answer, or cannot now.
+        """
+        try:
+            return [str(image['id']) for image in
+                    self._call('GET', '/v1/images', None)['images']]
+        except (KeyError, TypeError) as error:
+            raise exception.Unavailable(
+                f'the agent answers nonsense: {error!r}') from error
+
+    def _call(self, method: str, path: str,
+              body: dict[str, Any] | None) -> dict[str, Any]:
+        deadline = time.monotonic() + self._seconds
+        data = json.dumps(body).encode() if body is not None else b''
+        request = (f'{method} {path} HTTP/1.1\r\nHost: agent\r\n'
+                   f'Connection: close\r\n'
+                   f'Content-Type: application/json\r\n'
+                   f'Content-Length: {len(data)}\r\n\r\n').encode() + data
+        try:
+            answer = self._exchange(request, deadline)
+        except OSError as error:
+            raise exception.Unavailable(
+                f'the agent does not answer at {self._path}: '
+                f'{error}') from error
+        return _parse(answer)
+
+    def _exchange(self, request: bytes, deadline: float) -> bytes:
+        with socket.socket(socket.AF_UNIX) as line:
+            line.settimeout(_left(deadline))
+            line.connect(self._path)
+            line.sendall(request)
+            answer = bytearray()
+            while len(answer) <= _ANSWER_LIMIT:
+                line.settimeout(_left(deadline))
+                piece = line.recv(65536)
+                if not piece:
+                    break
+                answer += piece
+            return bytes(answer)
+
+
+def _left(deadline: float) -> float:
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise TimeoutError('timed out')
+    return left
+
+
+def _parse(answer: bytes) -> dict[str, Any]:
+    try:
+        response = http.client.HTTPResponse(
+            cast(socket.socket, _Received(answer)))
+        response.begin()
+        content = json.loads(response.read(_ANSWER_LIMIT) or b'{}')
+        if not isinstance(content, dict):
+            raise ValueError('not a JSON object')
+    except (http.client.HTTPException, ValueError, RecursionError) as error:
+        raise exception.Unavailable(
+            f'the agent answers nonsense: {error!r}') from error
+    if response.status in (200, 202):
+        return content
+    words = str(content.get('error', response.reason))[:500]
+    if response.status == 404:
+        raise exception.NotFound(words)
+    raise exception.Unavailable(f'{words} ({response.status})')
+
+
+class _Received:
+    """An answer that came, for http.client to parse."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+
+    def makefile(self, _mode: str) -> io.BytesIO:
+        """What HTTPResponse asks of a socket."""
+        return io.BytesIO(self._data)

@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The compute driver: Nova's libvirt driver, with our image backend.
+
+``compute_driver = fastboot.FastbootLibvirtDriver``. It overrides only what
+would open a disk's chain by itself, or destroy a guest before looking.
+Imports nova; only nova-compute loads it.
+"""
+
+import functools
+import os
+import pathlib
+import time
+from typing import Any
+
+import nova.conf
+import nova.privsep.path
+from lxml import etree
+from nova import exception as nova_exception
+from nova.virt.libvirt import driver
+from nova.virt.libvirt import utils as libvirt_utils
+from oslo_log import log as logging
+from oslo_utils import fileutils
+
+from fastboot_common import chain, exception
+from fastboot_nova import backend
+
+LOG = logging.getLogger(__name__)
+CONF = nova.conf.CONF
+
+
+class FastbootLibvirtDriver(driver.LibvirtDriver):
+    """Starts servers from local blocks where they are, else as Nova does."""
+
+    def __init__(self, virtapi: Any, read_only: bool = False) -> None:
+        super().__init__(virtapi, read_only)
+        kind = self.image_backend.backend()
+        if kind is not driver.imagebackend.Qcow2:
+            LOG.warning(
+                'fastboot: disks are of the kind %s here ([libvirt] '
+                'images_type); only qcow2 can lie on local blocks. All '
+                'servers take the stock path.', kind.__name__)
+            return
+        self.image_backend.BACKEND.update(
+            qcow2=backend.FastbootQcow2, default=backend.FastbootQcow2)
+
+    def _hard_reboot(self, context: Any, instance: Any, *args: Any,
+                     **kwargs: Any) -> Any:
+        # Nova destroys the domain first and makes missing bases last. Also
+        # the way of every start (power_on, resume_state_on_host_boot).
+        directory = pathlib.Path(libvirt_utils.get_instance_path(instance))
+        for disk in sorted(directory.glob('disk*')):
+            self._prepare(instance, disk)
+        return super()._hard_reboot(context, instance, *args, **kwargs)
+
+    def _prepare(self, instance: Any, disk: pathlib.Path) -> None:
+        stub = backend.stub_of(str(disk))
+        if stub is not None:
+            image = self.image_backend.by_libvirt_path(instance, str(disk))
+            image.restore(stub, instance.image_ref)
+            backend.check_chain(str(disk))
+
+    def cache_image(self, context: Any, image_id: str) -> bool:
+        """Bring all of an image to this host, before any server."""
+        try:
+            backend.agent().prepare(image_id)
+        except exception.FastbootError as error:
+            LOG.info('fastboot: image %s is cached the stock way: %s',
+                     image_id, error)
+            return bool(super().cache_image(context, image_id))
+        return True
+
+    @staticmethod
+    def _rebase_with_qemu_img(source_path: str,
+                              rebase_base: str | None) -> None:
+        # Unshelve wants the base of the server's first image, and has asked
+        # our backend for it before.
+        stub = (rebase_base or '') + backend.SUFFIX
+        if rebase_base and not os.path.exists(rebase_base) \
+                and os.path.exists(stub):
+            rebase_base = stub
+        driver.LibvirtDriver._rebase_with_qemu_img(source_path, rebase_base)
+
+    def _live_migration_operation(
+            self, context: Any, instance: Any, dest: str,
+            block_migration: bool, migrate_data: Any, guest: Any,
+            device_names: list[str]) -> None:
+        describe = guest.get_xml_desc
+
+        @functools.wraps(describe)
+        def portable(*args: Any, **kwargs: Any) -> str:
+            return backend.portable(describe(*args, **kwargs))
+
+        guest.get_xml_desc = portable
+        super()._live_migration_operation(
+            context, instance, dest, block_migration, migrate_data, guest,
+            device_names)
+
+    def _live_snapshot(self, context: Any, instance: Any, guest: Any,
+                       disk_path: str, out_path: str, source_format: str,
+                       image_format: str, image_meta: Any) -> None:
+        """As Nova's, but libvirt is not left to find the chain by itself.
+
+        It would meet the volume's poison. The copy is a transient job, so
+        the domain stays defined.
+        """
+        stub = backend.stub_of(disk_path)
+        if stub is None:
+            super()._live_snapshot(context, instance, guest, disk_path,
+                                   out_path, source_format, image_format,
+                                   image_meta)
+            return
+        self._check_quiesce(instance, image_meta)
+        delta = pathlib.Path(out_path + '.delta')
+        try:
+            chain.make_disk(delta, stub, libvirt_utils.get_disk_size(
+                disk_path, format=source_format))
+            self._copy_top(context, instance, image_meta,
+                           guest.get_block_device(disk_path), delta)
+            nova.privsep.path.chown(str(delta), uid=os.getuid())
+            libvirt_utils.extract_snapshot(str(delta), 'qcow2', out_path,
+                                           image_format)
+        finally:
+            fileutils.delete_if_exists(str(delta))
+
+    def _check_quiesce(self, instance: Any, image_meta: Any) -> None:
+        try:
+            self._can_quiesce(instance, image_meta)
+        except nova_exception.NovaException as error:
+            if image_meta.properties.get('os_require_quiesce', False):
+                raise
+            LOG.info('Quiescing instance not available: %s', error,
+                     instance=instance)
+
+    def _copy_top(self, context: Any, instance: Any, image_meta: Any,
+                  device: Any, delta: pathlib.Path) -> None:
+        """Copy what the guest wrote into `delta`, at one moment."""
+        self._end_job(device)
+        quiesced = False
+        device.copy(_mirror(delta), shallow=True, reuse_ext=True,
+                    transient=True)
+        try:
+            while not device.is_job_complete():
+                time.sleep(0.5)
+            try:
+                self.quiesce(context, instance, image_meta)
+                quiesced = True
+            except nova_exception.NovaException as error:
+                LOG.info('Skipping quiescing instance: %s', error,
+                         instance=instance)
+        finally:
+            device.abort_job()
+            if quiesced:
+                self.unquiesce(context, instance, image_meta)
+
+    @staticmethod
+    def _end_job(device: Any) -> None:
+        # One that failed before may still be there; none is the rule.
+        try:
+            device.abort_job()
+        except Exception as error:
+            LOG.debug('No block job to end: %s', error)
+
+
+def _mirror(delta: pathlib.Path) -> str:
+    disk = etree.Element('disk', type='file')
+    etree.SubElement(disk, 'driver', type='qcow2')
+    etree.SubElement(disk, 'source', file=str(delta))
+    # The end of what libvirt is to know: QEMU itself opens the rest.
+    etree.SubElement(disk, 'backingStore')
+    return str(etree.tostring(disk, encoding='unicode'))

@@ -1,0 +1,459 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The image backend inside Nova's own code, with real volumes and qemu-img.
+
+Needs nova, but no cloud.
+"""
+
+import contextlib
+import json
+import os
+import pathlib
+import socketserver
+import subprocess
+import sys
+import threading
+import time
+import types
+import uuid
+
+import pytest
+
+# Its tests would patch everything for eventlet else.
+os.environ.setdefault('OS_NOVA_DISABLE_EVENTLET_PATCHING', '1')
+pytest.importorskip('nova.virt.libvirt.imagebackend')
+sys.path[:0] = [str(pathlib.Path(__file__).parents[1] / 'functional'),
+                str(pathlib.Path(__file__).parents[1] / 'unit')]
+
+from images import World, fast_directory  # noqa: E402
+import nova.privsep  # noqa: E402
+from lxml import etree  # noqa: E402
+from nova import exception as nova_exception  # noqa: E402
+from nova.virt.libvirt import imagebackend, imagecache  # noqa: E402
+from oslo_concurrency import lockutils  # noqa: E402
+
+from fastboot_common import exception, overlay  # noqa: E402
+from fastboot_nova import backend, notice  # noqa: E402
+
+CONF = backend.CONF
+# No sudo, no helper: what Nova does as root, this process does.
+nova.privsep.sys_admin_pctxt.set_client_mode(False)
+GIB = 1 << 30
+
+
+class Agent(socketserver.ThreadingUnixStreamServer):
+    """The agent's part of the contract over a real host, or its failures."""
+
+    daemon_threads = True
+
+    def __init__(self, path, host, export):
+        self.host = host
+        self.export = export
+        self.fails = None
+        self.calls = []
+        super().__init__(str(path), Handler)
+        threading.Thread(target=self.serve_forever, args=(.05,),
+                         daemon=True).start()
+
+    def acquire(self, body):
+        image = body['image']
+        link = self.host.acquire(image, 'nova')
+        return {'image': image, 'volume': str(link.volume),
+                'size': link.size, 'start': link.start,
+                'virtual_size': link.virtual_size, 'loop': None,
+                'complete': str(link.complete) if link.complete else None,
+                'socket': str(self.export), 'thawed': 0, 'seconds': 0}
+
+
+class Handler(socketserver.StreamRequestHandler):
+    def handle(self):
+        method, path, _ = self.rfile.readline().decode().split()
+        length = 0
+        while line := self.rfile.readline().strip():
+            if line.lower().startswith(b'content-length:'):
+                length = int(line.split(b':')[1])
+        body = json.loads(self.rfile.read(length) or 'null')
+        agent = self.server
+        agent.calls.append((path, body))
+        if agent.fails == 'hang':
+            time.sleep(5)
+            return
+        status, answer = 200, {}
+        if agent.fails:
+            status, answer = agent.fails
+        elif path == '/v1/images':
+            answer = {'images': [{'id': one}
+                                 for one in agent.host.mirror.state.images]}
+        else:
+            try:
+                answer = agent.acquire(body)
+            except exception.NotFound as error:
+                status, answer = 404, {'error': str(error)}
+        data = json.dumps(answer).encode()
+        self.wfile.write(b'HTTP/1.1 %d x\r\nContent-Length: %d\r\n\r\n%b'
+                         % (status, len(data), data))
+
+
+@pytest.fixture
+def notices(monkeypatch):
+    found = []
+    monkeypatch.setattr(
+        notice, 'emit', lambda event, image, instance, **more:
+        found.append((event, image, more.get('reason', ''))))
+    return found
+
+
+@pytest.fixture
+def place(notices):
+    """A world with image ``image`` on a host, its agent, and Nova on it."""
+    with fast_directory() as path, contextlib.ExitStack() as stack:
+        world = World(path, block_size=16384)
+        world.publish('image', os.urandom(1 << 20), boot=range(8))
+        host = stack.enter_context(world.host())
+        host.sync()
+        stack.enter_context(world.export())
+        agent = Agent(path / 'agent', host, world.socket)
+        stack.callback(agent.server_close)
+        stack.callback(agent.shutdown)
+        instances = path / 'instances'
+        (instances / 'one').mkdir(parents=True)
+        CONF([], project='nova', default_config_files=[])
+        for name, value, group in (
+                ('instances_path', str(instances), None),
+                ('images_type', 'qcow2', 'libvirt'),
+                ('agent_socket', str(path / 'agent'), 'fastboot'),
+                ('export_socket', str(world.socket), 'fastboot'),
+                ('timeout', 1.0, 'fastboot'),
+                ('patience', 1.0, 'fastboot')):
+            CONF.set_override(name, value, group)
+        lockutils.set_defaults(str(path / 'locks'))
+        yield types.SimpleNamespace(
+            world=world, host=host, agent=agent, instances=instances,
+            base=instances / '_base', raw=world.data['image'],
+            export=world.socket)
+        CONF.reset()
+        CONF.clear_override('instances_path')
+
+
+def instance(**more):
+    return types.SimpleNamespace(**{
+        'uuid': str(uuid.uuid4()), 'kernel_id': '', 'ramdisk_id': '', **more})
+
+
+def image_of(place, server=None, kind=backend.FastbootQcow2, name='disk'):
+    server = server or instance()
+    directory = place.instances / server.uuid
+    directory.mkdir(exist_ok=True)
+    mapping = {'bus': 'virtio', 'dev': 'vda', 'type': 'disk'}
+    return kind(server, name, disk_info_mapping=mapping)
+
+
+def fetch(place, fetched):
+    """Nova's download: the image, raw, in the place of the base."""
+    def fetch_image(target, **_):
+        fetched.append(target)
+        pathlib.Path(target).write_bytes(place.raw)
+    return fetch_image
+
+
+def spawn(place, image, image_id='image', size=2 << 20, **kwargs):
+    """What Nova's driver does for a disk; returns what was downloaded."""
+    fetched = []
+    image.cache(fetch_func=fetch(place, fetched), context=None,
+                filename=imagecache.get_cache_fname(image_id),
+                image_id=image_id, size=size,
+                trusted_certs=kwargs.pop('trusted_certs', None), **kwargs)
+    return fetched
+
+
+def content(path):
+    """What QEMU reads of a disk."""
+    done = subprocess.run(
+        ['qemu-img', 'dd', '-U', '-f', 'qcow2', '-O', 'raw', f'if={path}',
+         f'of={path}.raw', 'bs=1M'], capture_output=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return pathlib.Path(f'{path}.raw').read_bytes()
+
+
+def stub(place):
+    return place.base / (overlay.base_name('image') + '_sm')
+
+
+def test_hit(place, notices):
+    image = image_of(place)
+    assert spawn(place, image) == []
+    assert content(image.path)[:1 << 20] == place.raw
+    assert overlay.read_backing(pathlib.Path(image.path)) == (
+        str(stub(place)), 2 << 20)
+    assert not (place.base / overlay.base_name('image')).exists()
+    assert [event for event, *_ in notices] == ['hit']
+    # A second server uses the same stub.
+    before = stub(place).stat().st_ino
+    other = image_of(place)
+    assert spawn(place, other) == []
+    assert stub(place).stat().st_ino == before
+    assert content(other.path)[:1 << 20] == place.raw
+
+
+def test_same_as_stock(place):
+    ours, stock = image_of(place), image_of(place, kind=imagebackend.Qcow2)
+    spawn(place, ours)
+    assert len(spawn(place, stock)) == 1
+    done = subprocess.run(['qemu-img', 'compare', '-U', ours.path,
+                           stock.path], capture_output=True, timeout=60)
+    assert done.returncode == 0, done.stdout
+
+
+def switch_off(place):
+    CONF.set_override('enabled', False, 'fastboot')
+
+
+def kill_agent(place):
+    place.agent.shutdown()
+    place.agent.server_close()
+
+
+def hang(place):
+    place.agent.fails = 'hang'
+
+
+def no_space(place):
+    place.agent.fails = (503, {'error': 'no space'})
+
+
+def garbage(place):
+    place.agent.fails = (200, {'image': 7})
+
+
+def no_export(place):
+    CONF.set_override('export_socket', '/nonexistent', 'fastboot')
+    place.agent.export = '/nonexistent'
+
+
+def signatures(place):
+    CONF.set_override('verify_glance_signatures', True, 'glance')
+
+
+@pytest.mark.parametrize(('spoil', 'words'), [
+    (switch_off, 'enabled is off'), (kill_agent, 'does not answer'),
+    (hang, 'timed out'), (no_space, 'no space'), (garbage, 'nonsense'),
+    (no_export, 'export does not answer'),
+    (signatures, 'verify_glance_signatures')])
+def test_every_reason_falls_back(place, notices, spoil, words):
+    spoil(place)
+    image = image_of(place)
+    assert len(spawn(place, image)) == 1
+    assert content(image.path)[:1 << 20] == place.raw
+    assert overlay.read_backing(pathlib.Path(image.path))[0] == str(
+        place.base / overlay.base_name('image'))
+    (event, _, reason), = notices
+    assert event == 'miss'
+    assert words in reason
+
+
+@pytest.mark.parametrize(('server', 'kwargs', 'words'), [
+    ({'kernel_id': 'k'}, {}, 'kernel'),
+    ({'ramdisk_id': 'r'}, {}, 'ramdisk'),
+    ({}, {'trusted_certs': ['c']}, 'trusted')])
+def test_unusual_servers_are_novas(place, notices, server, kwargs, words):
+    image = image_of(place, instance(**server))
+    assert len(spawn(place, image, **kwargs)) == 1
+    assert words in notices[0][2]
+
+
+def test_an_unknown_image(place, notices):
+    image = image_of(place)
+    assert len(spawn(place, image, 'other')) == 1
+    assert notices[0][0] == 'miss'
+
+
+def test_a_flavor_that_is_too_small(place):
+    image = image_of(place)
+    with pytest.raises(nova_exception.FlavorDiskSmallerThanImage):
+        spawn(place, image, size=65536)
+    assert not image.exists()
+
+
+def test_size_none_is_the_images(place):
+    image = image_of(place, name='disk.rescue')
+    assert spawn(place, image, size=None) == []
+    assert overlay.read_backing(pathlib.Path(image.path))[1] == 1 << 20
+
+
+def test_other_bases_are_novas(place):
+    image = image_of(place, name='disk.eph0')
+
+    def ephemeral(target, **_):
+        subprocess.run(['qemu-img', 'create', '-q', '-f', 'raw', target,
+                        '1M'], check=True, timeout=20)
+    image.cache(fetch_func=ephemeral, filename='ephemeral_1_0706d66',
+                size=1 << 20, safe=True)
+    assert place.agent.calls == []
+    assert image.exists()
+
+
+def test_a_stock_disk_stays_stock(place):
+    """A hard reboot of a server from before fastboot came."""
+    server = instance()
+    spawn(place, image_of(place, server, imagebackend.Qcow2))
+    assert spawn(place, image_of(place, server)) == []
+    assert not stub(place).exists()
+    assert place.agent.calls == []
+
+
+def backing_of(place, image, mode='writeback'):
+    info = image.libvirt_info(mode, {})
+    return etree.tostring(info.format_dom(), encoding='unicode')
+
+
+def test_the_chain_is_explicit(place):
+    image = image_of(place)
+    spawn(place, image)
+    xml = etree.fromstring(backing_of(place, image))
+    layers = xml.findall('.//backingStore')
+    assert [layer.get('type') for layer in layers] == [
+        'file', 'file', 'network', None]
+    slice_ = xml.find('.//slice')
+    assert int(slice_.get('offset')) == 65536
+    assert xml.find('.//backingStore/source/host').get('socket') == str(
+        place.export)
+    stock = image_of(place, kind=imagebackend.Qcow2)
+    spawn(place, stock)
+    assert 'backingStore' not in backing_of(place, stock)
+
+
+def test_complete_images_need_no_export(place):
+    spawn(place, image_of(place))
+    place.host.hydrate('image')
+    no_export(place)
+    image = image_of(place)
+    assert spawn(place, image) == []
+    xml = backing_of(place, image)
+    assert '/complete/image' in xml
+    assert 'nbd' not in xml
+    # The stub was made anew: it opens without an export, too.
+    place.export.unlink(missing_ok=True)
+    assert content(image.path)[:1 << 20] == place.raw
+    backend.check_chain(image.path)
+
+
+def test_what_leaves_the_host_is_lazy(place):
+    spawn(place, image_of(place))
+    place.host.hydrate('image')
+    image = image_of(place)
+    spawn(place, image)
+    domain = f'<domain><devices>{backing_of(place, image)}</devices></domain>'
+    xml = backend.portable(domain)
+    assert '/complete/' not in xml
+    assert etree.fromstring(xml).findall('.//source[@protocol="nbd"]')
+    # Others are left as they are.
+    other = '<domain><devices><disk><backingStore><source file="/x_sm"/>' \
+            '</backingStore></disk></devices></domain>'
+    assert '/x_sm' in backend.portable(other)
+
+
+def test_a_lost_stub_is_made_again(place):
+    """Start after the stub was removed; Nova passes the backing's name."""
+    server = instance()
+    image = image_of(place, server)
+    spawn(place, image)
+    stub(place).unlink()
+    again = image_of(place, server)
+    again.cache(fetch_func=fetch(place, []), context=None,
+                filename=stub(place).name, image_id='image', size=2 << 20,
+                trusted_certs=None)
+    assert content(again.path)[:1 << 20] == place.raw
+
+
+def test_a_migrations_destination(place):
+    """No disk, no stub, and Nova asks for the stub by name."""
+    image = image_of(place)
+    image.cache(fetch_func=fetch(place, []), context=None,
+                filename=stub(place).name, image_id='image', size=2 << 20,
+                trusted_certs=None)
+    assert overlay.read_backing(pathlib.Path(image.path)) == (
+        str(stub(place)), 2 << 20)
+
+
+def test_a_rescue_disks_stub_is_found_by_its_name(place):
+    """The server's image is another than the disk's."""
+    image = image_of(place)
+    image.cache(fetch_func=fetch(place, []), context=None,
+                filename=stub(place).name, image_id='other', size=2 << 20,
+                trusted_certs=None)
+    assert image.exists()
+
+
+def test_a_disk_that_needs_what_is_gone(place):
+    server = instance()
+    spawn(place, image_of(place, server))
+    stub(place).unlink()
+    kill_agent(place)
+    fetched = []
+    with pytest.raises(nova_exception.InvalidDiskInfo, match='cannot be'):
+        image_of(place, server).cache(
+            fetch_func=fetch(place, fetched), context=None,
+            filename=stub(place).name, image_id='image', size=2 << 20,
+            trusted_certs=None)
+    # Never a raw image where a stub belongs.
+    assert fetched == []
+    assert not stub(place).exists()
+    with pytest.raises(nova_exception.InvalidDiskInfo):
+        backing_of(place, image_of(place, server))
+
+
+def test_an_agent_that_is_away_does_not_stop_old_servers(place):
+    server = instance()
+    spawn(place, image_of(place, server))
+    kill_agent(place)
+    assert backend.stub_of(image_of(place, server).path) == stub(place)
+    image_of(place, server).restore(stub(place), 'image')
+    backend.check_chain(image_of(place, server).path)
+
+
+def test_look_before_you_destroy(place):
+    image = image_of(place)
+    spawn(place, image)
+    backend.check_chain(image.path)
+    no_export(place)
+    with pytest.raises(nova_exception.InvalidDiskInfo, match='fastboot-age'):
+        backend.check_chain(image.path)
+
+
+def test_an_old_resized_base_is_no_stub(place):
+    """Nova before Folsom left <sha1>_sm files."""
+    place.base.mkdir()
+    stub(place).write_bytes(place.raw)
+    image = image_of(place)
+    subprocess.run(['qemu-img', 'create', '-q', '-f', 'qcow2', '-b',
+                    stub(place), '-F', 'raw', image.path], check=True,
+                   timeout=20)
+    assert backend.stub_of(image.path) is None
+    assert 'backingStore' not in backing_of(place, image)
+
+
+def test_unshelve(place):
+    """The first call makes the disk on a snapshot; the second asks for the
+    base of the first image, to rebase the disk onto it."""
+    server = instance()
+    image = image_of(place, server)
+    assert len(spawn(place, image, 'snapshot')) == 1
+    again = image_of(place, server)
+    assert spawn(place, again, 'image', size=None) == []
+    assert stub(place).exists()
+    from fastboot_nova import driver
+    driver.FastbootLibvirtDriver._rebase_with_qemu_img(
+        image.path, str(place.base / overlay.base_name('image')))
+    assert backend.stub_of(image.path) == stub(place)
+    assert content(image.path)[:1 << 20] == place.raw
+
+
+def test_servers_at_once(place):
+    images = [image_of(place) for _ in range(8)]
+    threads = [threading.Thread(target=spawn, args=(place, image))
+               for image in images]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    for image in images:
+        assert content(image.path)[:1 << 20] == place.raw

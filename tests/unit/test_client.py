@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""nova-compute's line to the agent ends in time, whatever the agent does."""
+
+import contextlib
+import json
+import pathlib
+import socket
+import threading
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastboot_common import exception
+from fastboot_nova import client
+
+LEASE = {'image': 'i', 'volume': '/v/volume', 'size': 8 << 40,
+         'start': 65536, 'virtual_size': 1 << 30, 'complete': None,
+         'socket': '/run/nbd.sock', 'loop': '/dev/loop3', 'thawed': 5,
+         'seconds': .2}
+
+
+def answer(status, body):
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    return (f'HTTP/1.1 {status} words\r\nContent-Length: {len(data)}\r\n'
+            f'Connection: close\r\n\r\n').encode() + data
+
+
+@contextlib.contextmanager
+def agent(path, *pieces, pause=0.0, hold=False):
+    """Answers one call with pieces, a pause before each."""
+    done = threading.Event()
+    heard = bytearray()
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen()
+
+        def serve():
+            with contextlib.suppress(OSError):
+                line, _ = listener.accept()
+                with line:
+                    heard.extend(line.recv(65536))
+                    for piece in pieces:
+                        if done.wait(pause):
+                            return
+                        line.sendall(piece)
+                    if hold:
+                        done.wait(20)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        try:
+            yield heard
+        finally:
+            done.set()
+            with contextlib.suppress(OSError):
+                listener.shutdown(socket.SHUT_RDWR)
+            thread.join(10)
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / 'sock'
+
+
+def acquire(path, seconds=5.0):
+    return client.Agent(str(path), seconds).acquire(
+        'i', pathlib.Path('/_base/x_sm'))
+
+
+def test_a_lease(path):
+    with agent(path, answer(200, LEASE)) as heard:
+        lease = acquire(path)
+    assert lease.link.start == 65536
+    assert lease.link.complete is None
+    assert lease.device == pathlib.Path('/dev/loop3')
+    assert (lease.thawed, lease.seconds) == (5, .2)
+    head, body = bytes(heard).split(b'\r\n\r\n')
+    assert head.startswith(b'POST /v1/acquire HTTP/1.1\r\n')
+    assert json.loads(body) == {'image': 'i', 'holder': 'nova',
+                                'file': '/_base/x_sm'}
+
+
+@pytest.mark.parametrize(('status', 'error'), [
+    (404, exception.NotFound), (503, exception.Unavailable),
+    (400, exception.Unavailable), (500, exception.Unavailable)])
+def test_errors_keep_their_words(path, status, error):
+    with agent(path, answer(status, {'error': 'the words'})):
+        with pytest.raises(error, match='the words'):
+            acquire(path)
+
+
+def test_nobody_there(path):
+    with pytest.raises(exception.Unavailable, match='does not answer'):
+        acquire(path)
+    path.touch()
+    with pytest.raises(exception.Unavailable):
+        acquire(path)
+
+
+@pytest.mark.parametrize('how', ['silent', 'trickles', 'holds'])
+def test_a_hanging_agent_is_left_in_time(path, how):
+    whole = answer(200, LEASE)
+    pieces = {'silent': (), 'holds': (whole[:-5],),
+              'trickles': [bytes([byte]) for byte in whole]}[how]
+    with agent(path, *pieces, pause=.05 if how == 'trickles' else 0,
+               hold=True):
+        began = time.monotonic()
+        with pytest.raises(exception.Unavailable, match='timed out'):
+            acquire(path, .3)
+        # Not a speed: without a deadline this ends after 20 s or more.
+        assert time.monotonic() - began < 10
+
+
+@pytest.mark.parametrize('data', [
+    b'', b'nonsense', answer(200, b'{'), answer(200, []),
+    answer(200, {}), answer(200, {**LEASE, 'image': 'other'}),
+    answer(200, {**LEASE, 'start': 'x'}), answer(200, b'[' * 99999),
+    answer(200, {**LEASE, 'volume': None})])
+def test_nonsense(path, data):
+    with agent(path, data):
+        with pytest.raises(exception.Unavailable):
+            acquire(path)
+
+
+@settings(max_examples=200)
+@given(st.binary(max_size=300))
+def test_random_answers(data):
+    with contextlib.suppress(exception.FastbootError):
+        client._parse(data)
+
+
+def test_image_ids(path):
+    with agent(path, answer(200, {'images': [{'id': 'a'}, {'id': 'b'}]})):
+        assert client.Agent(str(path), 5).image_ids() == ['a', 'b']

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reading stubs and overlays: ours exactly, and nothing else."""
+
+import json
+import os
+import struct
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastboot_common import chain, exception, overlay
+
+IMAGE = '5f0c2c2e-0000-4000-8000-000000000001'
+TIB = 1 << 40
+
+
+def qcow2(path, backing, size=1 << 30):
+    data = backing.encode()
+    path.write_bytes(struct.pack('>IIQIIQ', 0x514649FB, 3, 512 if data else 0,
+                                 len(data), 16, size).ljust(512, b'\0')
+                     + data)
+    return path
+
+
+@pytest.fixture
+def host(tmp_path):
+    """A volume's directory with one image of serial 7, and its link."""
+    directory = tmp_path / 'public'
+    (directory / 'images').mkdir(parents=True)
+    (directory / 'complete').mkdir()
+    (directory / 'volume').write_bytes(b'')
+    (directory / 'images' / IMAGE).write_text(json.dumps(
+        {'image_id': IMAGE, 'serial': 7, 'manifest': 'x',
+         'virtual_size': 1 << 30}))
+    return chain.Link(IMAGE, directory / 'volume', 8 * TIB, 7 * 65536,
+                      1 << 30)
+
+
+def stub(tmp_path, link):
+    return qcow2(tmp_path / (overlay.base_name(IMAGE) + '_sm'), link.backing,
+                 link.virtual_size)
+
+
+def test_base_name_is_novas():
+    # nova.virt.libvirt.imagecache.get_cache_fname('x')
+    assert overlay.base_name('x') == '11f6ad8ec52a2984abaafd7c3b516503785c2072'
+
+
+def test_follow_lazy_and_complete(tmp_path, host):
+    path = stub(tmp_path, host)
+    assert overlay.follow(path) == host
+    name = host.volume.parent / 'complete' / IMAGE
+    os.link(host.volume, name)
+    assert overlay.follow(path).complete == name
+    # A stub of the complete form follows what is true now, too.
+    stub(tmp_path, overlay.follow(path))
+    name.unlink()
+    assert overlay.follow(path) == host
+
+
+def test_make_stub_is_read_back(tmp_path, host):
+    path = tmp_path / (overlay.base_name(IMAGE) + '_sm')
+    chain.make_stub(path, host)
+    assert overlay.follow(path) == host
+    found = overlay.read_stub(path)
+    assert (found.start, found.virtual_size) == (7 * 65536, 1 << 30)
+    # Replaced, not written into: who has it open keeps it.
+    before = os.stat(path).st_ino
+    chain.make_stub(path, host)
+    assert os.stat(path).st_ino != before
+    assert os.listdir(tmp_path).count(path.name) == 1
+
+
+def test_contradictions_are_refused(tmp_path, host):
+    path = stub(tmp_path, chain.Link(
+        IMAGE, host.volume, 8 * TIB, 8 * 65536, 1 << 30))
+    with pytest.raises(exception.Corrupt, match='must not be used'):
+        overlay.follow(path)
+    path = stub(tmp_path, chain.Link(
+        IMAGE, host.volume, 8 * TIB, 7 * 65536, 2 << 30))
+    with pytest.raises(exception.Corrupt):
+        overlay.follow(path)
+
+
+def test_an_evicted_image_is_not_found(tmp_path, host):
+    path = stub(tmp_path, host)
+    (host.volume.parent / 'images' / IMAGE).unlink()
+    with pytest.raises(exception.NotFound, match='evicted'):
+        overlay.follow(path)
+
+
+@pytest.mark.parametrize('text', [
+    '', '[]', '{', '{"serial": 7}', '{"serial": "x", "virtual_size": 1}',
+    '{"serial": 1e999, "virtual_size": 1}', '[' * 100000])
+def test_a_damaged_description(tmp_path, host, text):
+    path = stub(tmp_path, host)
+    (host.volume.parent / 'images' / IMAGE).write_text(text)
+    with pytest.raises(exception.Corrupt):
+        overlay.follow(path)
+
+
+@pytest.mark.parametrize('backing', [
+    '', '/var/lib/nova/instances/_base/abc', 'json:', 'json:[]', 'json:{}',
+    'json:{"file":7}', 'json:' + '[' * 900,
+    'json:{"file":{"driver":"raw","offset":0,"size":1,'
+    '"file":{"driver":"file","filename":"/etc/shadow"}}}',
+    'json:{"file":{"driver":"raw","offset":65536,"size":65536,'
+    '"file":{"driver":"file","filename":"volume"}}}',
+    'json:{"file":{"driver":"raw","offset":65536,"size":65536,"file":'
+    '{"driver":"file","filename":"/v/volume","cache":{"direct":true}}}}',
+    'nbd+unix:///x?socket=y'])
+def test_other_backings_are_no_stubs(tmp_path, backing):
+    path = qcow2(tmp_path / 'file', backing)
+    assert overlay.read_stub(path) is None
+    with pytest.raises(exception.NotFound):
+        overlay.follow(path)
+
+
+def test_files_that_are_not_there_or_no_qcow2(tmp_path):
+    with pytest.raises(exception.NotFound):
+        overlay.read_backing(tmp_path / 'none')
+    (tmp_path / 'raw').write_bytes(b'\0' * 1024)
+    assert overlay.read_backing(tmp_path / 'raw') is None
+    assert overlay.read_stub(tmp_path / 'raw') is None
+
+
+@given(st.binary(max_size=2048), st.booleans())
+def test_random_files(tmp_path_factory, data, magic):
+    path = tmp_path_factory.getbasetemp() / 'random'
+    path.write_bytes((b'QFI\xfb' if magic else b'') + data)
+    try:
+        assert overlay.read_stub(path) is None
+    except exception.Corrupt:
+        assert magic
