@@ -24,8 +24,8 @@ pytest.importorskip('nova.virt.libvirt.imagebackend')
 sys.path[:0] = [str(pathlib.Path(__file__).parents[1] / 'functional'),
                 str(pathlib.Path(__file__).parents[1] / 'unit')]
 
-from images import World, fast_directory  # noqa: E402
 import nova.privsep  # noqa: E402
+from images import World, fast_directory  # noqa: E402
 from lxml import etree  # noqa: E402
 from nova import exception as nova_exception  # noqa: E402
 from nova.virt.libvirt import imagebackend, imagecache  # noqa: E402
