@@ -12,11 +12,24 @@ Only services import this; the standalone commands need no bus.
 """
 
 import contextlib
+import importlib
 from typing import Any, Final
 
-import oslo_messaging
 from oslo_config import cfg
 from oslo_service import backend as service_backend
+
+from fastboot_common import exception
+
+#: Others take oslo_messaging from here.
+__all__ = ['AGENTS', 'CENTRE', 'EXCHANGE', 'Agents', 'Centre',
+           'oslo_messaging', 'serve', 'transport']
+
+# oslo_messaging decides at its import what oslo_service runs on, and its
+# default is eventlet. The program that we run in may have decided.
+with contextlib.suppress(service_backend.exceptions.BackendAlreadySelected):
+    service_backend.init_backend(service_backend.BackendType.THREADING)
+
+import oslo_messaging  # noqa: E402
 
 EXCHANGE: Final = 'fastboot'
 AGENTS: Final = 'fastboot-agent'
@@ -29,19 +42,18 @@ def transport(conf: cfg.ConfigOpts) -> Any:
 
     It connects when it is used.
     """
+    _register(conf)
     return oslo_messaging.get_rpc_transport(conf)
 
 
-def use_threads() -> None:
-    """Keep oslo's services off eventlet.
-
-    To be called before anything imports oslo_messaging's servers:
-    oslo_service decides at its first import, and its default was eventlet.
-    """
-    # The program that we run in may have decided.
-    with contextlib.suppress(
-            service_backend.exceptions.BackendAlreadySelected):
-        service_backend.init_backend(service_backend.BackendType.THREADING)
+def _register(conf: cfg.ConfigOpts) -> None:
+    """Options that oslo.messaging 18 registers with ``cfg.CONF`` only."""
+    for name in ('metrics', 'tracing'):
+        with contextlib.suppress(ImportError):
+            module = importlib.import_module(
+                f'oslo_messaging._{name}.client')
+            group = f'oslo_messaging_{name}'
+            conf.register_opts(getattr(module, group), group=group)
 
 
 class Agents:
@@ -53,19 +65,19 @@ class Agents:
     def announce(self, version: int) -> None:
         """Tell every agent that the repository has a new version.
 
-        :raises oslo_messaging.MessagingException: the bus is away; agents
-            find the version at their next look.
+        :raises Unavailable: the bus is away; agents find the version at
+            their next look.
         """
-        self._client.prepare(fanout=True).cast({}, 'announce',
-                                               version=version)
+        _cast(self._client.prepare(fanout=True), 'announce',
+              version=version)
 
     def sync(self, host: str, images: list[str] | None = None) -> None:
         """Tell the agent of one host to sync.
 
         :param images: ids; None: all.
-        :raises oslo_messaging.MessagingException: the bus is away.
+        :raises Unavailable: the bus is away.
         """
-        self._client.prepare(server=host).cast({}, 'sync', images=images)
+        _cast(self._client.prepare(server=host), 'sync', images=images)
 
 
 class Centre:
@@ -77,15 +89,23 @@ class Centre:
     def report(self, report: dict[str, Any]) -> None:
         """Tell what a host has; see the reference of the agent.
 
-        :raises oslo_messaging.MessagingException: the bus is away.
+        :raises Unavailable: the bus is away.
         """
-        self._client.cast({}, 'report', report=report)
+        _cast(self._client, 'report', report=report)
 
 
 def _client(bus: Any, topic: str) -> Any:
     target = oslo_messaging.Target(exchange=EXCHANGE, topic=topic,
                                    version=_VERSION)
-    return oslo_messaging.get_rpc_client(bus, target)
+    # Not for ever, which is the default.
+    return oslo_messaging.get_rpc_client(bus, target, retry=1)
+
+
+def _cast(client: Any, method: str, **words: Any) -> None:
+    try:
+        client.cast({}, method, **words)
+    except Exception as error:  # kombu's own errors come through
+        raise exception.Unavailable(f'the message bus: {error}') from error
 
 
 def serve(bus: Any, topic: str, server: str, endpoint: object) -> Any:

@@ -5,7 +5,9 @@ import importlib
 from collections.abc import Sequence
 from typing import Any
 
-GROUPS = ('default', 'repository', 'host', 'export', 'capture')
+GROUPS = (
+    'default', 'repository', 'host', 'export', 'capture', 'agent', 'database',
+    'jobboard', 'glance', 'builder', 'eligibility', 'listener', 'api')
 
 
 def _modules() -> list[Any]:

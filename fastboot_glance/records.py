@@ -1,0 +1,384 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Records in SQL: what builders do, and what hosts have.
+
+They are for people to look at. Nothing that boots a guest reads them: what
+images there are says the journal, what a host has says the host.
+
+Every write is one statement, so that any number of builders may write at
+once; deadlocks are retried.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import logging
+import math
+import socket
+import time
+import zlib
+from collections.abc import Callable
+from typing import Any, Concatenate, Final, ParamSpec, TypeVar
+
+import sqlalchemy as sa
+from oslo_db import api as db_api
+from oslo_db import exception as db_exception
+from oslo_db.sqlalchemy import engines
+from sqlalchemy.dialects import mysql, sqlite
+
+from fastboot_common import exception
+from fastboot_glance import tables
+
+# It logs a traceback at the end of its patience; our error has the words.
+logging.getLogger('oslo_db.api').setLevel(logging.CRITICAL)
+
+BUILD_STATES: Final = (
+    'queued', 'building', 'ready', 'error', 'skipped', 'off')
+#: Bytes that a host's images may have, decompressed.
+IMAGES_LIMIT: Final = 64 << 20
+#: Names that hostile reports can make up at most.
+HOSTS_LIMIT: Final = 20_000
+
+_P = ParamSpec('_P')
+_R = TypeVar('_R')
+
+
+@dataclasses.dataclass(frozen=True)
+class Build:
+    """What the builders say of an image.
+
+    :ivar state: one of ``BUILD_STATES``.
+    :ivar progress: of the stage, 0 to 1.
+    :ivar version: serial that the last successful build gave it.
+    :ivar boot_size: bytes of its boot set.
+    :ivar updated: when a builder last said something (seconds, Unix time).
+    :ivar requested: when a build was asked for that no builder has said
+        anything about (seconds, Unix time); 0: none is waiting.
+    """
+
+    image_id: str
+    state: str
+    name: str = ''
+    owner: str = ''
+    stage: str = ''
+    progress: float = 0.0
+    error: str = ''
+    version: int | None = None
+    boot_size: int | None = None
+    builder: str = ''
+    attempts: int = 0
+    updated: float = 0.0
+    requested: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class HostImage:
+    """What a host says of one image; the states are those of a report."""
+
+    state: str
+    progress: float = 0.0
+    error: str = ''
+    serial: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Host:
+    """The newest report of a host (sizes in bytes).
+
+    :ivar at: when it was made, by the host's clock, or when it came if that
+        was before (seconds, Unix time).
+    :ivar version: of the repository, as the host knows it.
+    """
+
+    name: str
+    at: float
+    version: int
+    software: str
+    volume_bytes: int
+    mirror_bytes: int
+    free_bytes: int
+    images: dict[str, HostImage]
+
+
+def _guarded(
+        method: Callable[Concatenate['Records', _P], _R],
+) -> Callable[Concatenate['Records', _P], _R]:
+    """Retry what may pass; what is left becomes Unavailable."""
+    retried = db_api.wrap_db_retry(
+        max_retries=8, retry_interval=0.05, inc_retry_interval=True,
+        max_retry_interval=1, retry_on_deadlock=True,
+        retry_on_disconnect=True,
+        exception_checker=lambda error: 'is locked' in str(error))(method)
+
+    @functools.wraps(method)
+    def call(self: 'Records', /, *args: _P.args, **kwargs: _P.kwargs) -> _R:
+        try:
+            return retried(self, *args, **kwargs)  # type: ignore
+        except db_exception.DBNonExistentTable as error:
+            raise exception.Unavailable(
+                'the database has no tables of fastboot; run '
+                '"fastboot-manage db sync"') from error
+        except (db_exception.DBError, sa.exc.SQLAlchemyError) as error:
+            words = str(error).partition('\n')[0]
+            raise exception.Unavailable(
+                f'the database does not answer as it should: {words:.300}',
+            ) from error
+
+    return call
+
+
+class Records:
+    """The records in one database; threads may share it.
+
+    Connects when it is used. Everything raises Unavailable while the
+    database is away, or has no tables.
+
+    :param connection: SQLAlchemy URL.
+    :param options: of :func:`oslo_db.sqlalchemy.engines.create_engine`.
+    :raises ConfigError: the URL names no database that could be used.
+    """
+
+    def __init__(self, connection: str, **options: Any) -> None:
+        if not connection:
+            raise exception.ConfigError(
+                '[database] connection is not set; give the SQLAlchemy URL '
+                'of a MySQL or SQLite database')
+        try:
+            self._engine = _engine(connection, options)
+        except (sa.exc.ArgumentError, ImportError) as error:
+            raise exception.ConfigError(
+                f'[database] connection: {error}') from error
+        # By digest: most reports say the same as the one before, and as
+        # other hosts'. What the last look at all hosts needed; replaced as
+        # a whole, so that threads need no lock.
+        self._decoded: dict[str, dict[str, HostImage]] = {}
+
+    @_guarded
+    def create(self) -> None:
+        """Make the tables, or bring them to this program's version."""
+        with self._engine.begin() as connection:
+            tables.upgrade(connection)
+
+    @_guarded
+    def version(self) -> str | None:
+        """The version that the tables have; None: there are none."""
+        with self._engine.connect() as connection:
+            return tables.revision(connection)
+
+    @_guarded
+    def build(self, image_id: str) -> Build | None:
+        """What is known of the builds of an image."""
+        rows = self._rows(sa.select(tables.BUILDS).where(
+            tables.BUILDS.c.image_id == image_id))
+        return Build(**rows[0]) if rows else None
+
+    @_guarded
+    def builds(self) -> list[Build]:
+        """What is known of all images, by id."""
+        return [Build(**row) for row in self._rows(
+            sa.select(tables.BUILDS).order_by(tables.BUILDS.c.image_id))]
+
+    @_guarded
+    def note_build(self, image_id: str, *, state: str, stage: str = '',
+                   progress: float = 0.0, error: str = '',
+                   version: int | None = None, owner: str | None = None,
+                   name: str | None = None, builder: str | None = None,
+                   attempts: int | None = None,
+                   boot_size: int | None = None) -> None:
+        """Say how the build of an image goes, and answer a request for it.
+
+        What is None stays as it was.
+
+        :param state: one of ``BUILD_STATES``.
+        :param progress: of the stage, 0 to 1.
+        :param builder: the host that builds; this one if not given.
+        :raises Invalid: there is no such state.
+        """
+        if state not in BUILD_STATES:
+            raise exception.Invalid(f'not the state of a build: {state!r}')
+        optional = {
+            'version': version, 'attempts': attempts, 'boot_size': boot_size,
+            'owner': owner and clean(owner, 64),
+            'name': name and clean(name, 255),
+        }
+        values = {
+            'state': state, 'stage': clean(stage, 64),
+            'progress': _share(progress), 'error': clean(error, 1000),
+            'builder': clean(builder or socket.gethostname(), 255),
+            'updated': time.time(), 'requested': 0.0,
+        } | {key: value for key, value in optional.items()
+             if value is not None}
+        self._upsert(tables.BUILDS, 'image_id', image_id, values)
+
+    @_guarded
+    def note_request(self, image_id: str) -> None:
+        """Say that a build was asked for, until a builder says something."""
+        self._upsert(
+            tables.BUILDS, 'image_id', image_id, {'requested': time.time()},
+            {'state': 'queued'})
+
+    @_guarded
+    def withdraw_request(self, image_id: str) -> None:
+        """Say that what :meth:`note_request` said did not come about."""
+        builds = tables.BUILDS
+        with self._engine.begin() as connection:
+            connection.execute(sa.update(builds).where(
+                builds.c.image_id == image_id).values(requested=0.0))
+            # Nobody ever built it: the row was the request's own.
+            connection.execute(sa.delete(builds).where(
+                builds.c.image_id == image_id, builds.c.updated == 0.0))
+
+    @_guarded
+    def forget_build(self, image_id: str) -> None:
+        """Drop what is known of an image; nothing known is no error."""
+        with self._engine.begin() as connection:
+            connection.execute(sa.delete(tables.BUILDS).where(
+                tables.BUILDS.c.image_id == image_id))
+
+    @_guarded
+    def note_host(self, report: dict[str, Any]) -> bool:
+        """Keep a host's report unless there is a newer one.
+
+        :param report: as an agent sends it, checked by
+            :func:`fastboot_glance.reports.check`.
+        :returns: whether it was kept.
+        :raises Invalid: there are too many hosts already.
+        """
+        hosts = tables.HOSTS
+        images = _encode(report['images'])
+        values = {
+            'at': min(float(report['at']), time.time()),
+            'digest': hashlib.sha256(images).hexdigest(), 'images': images,
+        } | {key: report[key] for key in (
+            'version', 'software', 'volume_bytes', 'mirror_bytes',
+            'free_bytes')}
+        # Reports may overtake each other. Two statements, each complete by
+        # itself: SQLite refuses to write after it has read.
+        with self._engine.begin() as connection:
+            if connection.execute(sa.update(hosts).where(
+                    hosts.c.name == report['host'],
+                    hosts.c.at <= values['at']).values(**values)).rowcount:
+                return True
+        if self._rows(sa.select(sa.func.count().label('hosts')).select_from(
+                hosts))[0]['hosts'] >= HOSTS_LIMIT:
+            raise exception.Invalid(
+                f'host {report["host"]}: there are {HOSTS_LIMIT} hosts '
+                f'already; forget some with "fastboot-manage host forget"')
+        with self._engine.begin() as connection:
+            statement = self._insert(hosts, 'name', {
+                'name': report['host'], **values}, None)
+            return bool(connection.execute(statement).rowcount)
+
+    @_guarded
+    def host(self, name: str) -> Host | None:
+        """The newest report of a host."""
+        rows = self._rows(sa.select(tables.HOSTS).where(
+            tables.HOSTS.c.name == name))
+        if not rows:
+            return None
+        row = rows[0]
+        del row['digest']
+        return Host(**{**row, 'images': _decode(row['images'])})
+
+    @_guarded
+    def hosts(self) -> list[Host]:
+        """The newest reports of all hosts, by name."""
+        hosts = tables.HOSTS
+        rows = self._rows(sa.select(*[
+            column for column in hosts.c if column.name != 'images'
+        ]).order_by(hosts.c.name))
+        known = self._decoded
+        lacking = {row['digest'] for row in rows} - known.keys()
+        fresh = {row['digest']: _decode(row['images']) for row in self._rows(
+            sa.select(hosts.c.digest, hosts.c.images).where(
+                hosts.c.digest.in_(lacking)))} if lacking else {}
+        digests = [row.pop('digest') for row in rows]
+        self._decoded = found = {
+            # A report that came between the two looks is shown next time.
+            digest: images for digest in digests
+            if (images := fresh.get(digest, known.get(digest))) is not None}
+        return [Host(**row, images=found[digest])
+                for row, digest in zip(rows, digests, strict=True)
+                if digest in found]
+
+    @_guarded
+    def forget_host(self, name: str) -> bool:
+        """Drop a host's report, until it sends another.
+
+        :returns: whether there was one.
+        """
+        with self._engine.begin() as connection:
+            return bool(connection.execute(sa.delete(tables.HOSTS).where(
+                tables.HOSTS.c.name == name)).rowcount)
+
+    def _rows(self, statement: sa.Select[Any]) -> list[dict[str, Any]]:
+        with self._engine.connect() as connection:
+            return [dict(row._mapping)
+                    for row in connection.execute(statement)]
+
+    def _upsert(self, table: sa.Table, key: str, value: str,
+                values: dict[str, Any],
+                first: dict[str, Any] | None = None) -> None:
+        """Change a row or make it.
+
+        :param values: what the row gets.
+        :param first: what it gets besides, if it is new.
+        """
+        row = {**(first or {}), **values, key: value}
+        with self._engine.begin() as connection:
+            connection.execute(self._insert(table, key, row, values))
+
+    def _insert(self, table: sa.Table, key: str, row: dict[str, Any],
+                update: dict[str, Any] | None) -> Any:
+        """An insert that changes the row (or, with None, leaves it) if it
+        is there."""
+        if self._engine.dialect.name == 'mysql':
+            if update is None:
+                return mysql.insert(table).values(row).prefix_with('IGNORE')
+            return mysql.insert(table).values(row).on_duplicate_key_update(
+                update)
+        statement = sqlite.insert(table).values(row)
+        if update is None:
+            return statement.on_conflict_do_nothing([key])
+        return statement.on_conflict_do_update([key], set_=update)
+
+
+def _engine(connection: str, options: dict[str, Any]) -> sa.Engine:
+    url = sa.make_url(connection)
+    backend = url.get_backend_name()
+    if backend == 'mysql':
+        # Image names are any Unicode, also what "utf8" of MySQL cannot say.
+        url = url.update_query_dict({'charset': 'utf8mb4'})
+    elif backend == 'sqlite':
+        url = url.update_query_dict({'timeout': '30'})
+    else:
+        raise sa.exc.ArgumentError(
+            f'{backend} is not supported; use mysql+pymysql or sqlite')
+    found: sa.Engine = engines.create_engine(
+        url.render_as_string(hide_password=False), max_retries=0, **options)
+    return found
+
+
+def clean(text: str, limit: int) -> str:
+    """Text that a database and a terminal take: at most `limit` characters,
+    without control characters and halves of surrogate pairs."""
+    return ''.join(
+        character if character.isprintable() else ' '
+        for character in text[:limit])
+
+
+def _share(progress: float) -> float:
+    return min(max(progress, 0.0), 1.0) if math.isfinite(progress) else 0.0
+
+
+def _encode(images: list[dict[str, Any]]) -> bytes:
+    return zlib.compress(json.dumps(
+        {one['id']: [one['state'], one['progress'], one['error'],
+                     one['serial']] for one in images},
+        sort_keys=True, separators=(',', ':')).encode())
+
+
+def _decode(blob: bytes) -> dict[str, HostImage]:
+    text = zlib.decompressobj().decompress(blob, IMAGES_LIMIT)
+    return {key: HostImage(*values)
+            for key, values in json.loads(text).items()}

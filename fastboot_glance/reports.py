@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reports of hosts: what one may say. Checking only; they come by
+:mod:`fastboot_glance.centre` and are kept by :mod:`fastboot_glance.records`.
+
+A report comes from a compute host, where a guest may have broken out: it is
+checked before it goes anywhere.
+"""
+
+import re
+from typing import Any, Final
+
+from fastboot_common import exception, journal
+from fastboot_glance import records
+
+STATES: Final = (
+    'absent', 'transferring', 'ready', 'thawed', 'complete', 'stale',
+    'error')
+#: Images in a report.
+IMAGES_LIMIT: Final = 20_000
+_ERROR_LIMIT: Final = 500
+_HOST: Final = re.compile(r'[A-Za-z0-9][A-Za-z0-9._-]{0,254}')
+
+
+def validate_host(name: Any) -> str:
+    """Return `name` if a host can have it.
+
+    :raises Invalid: none can.
+    """
+    if not isinstance(name, str) or not _HOST.fullmatch(name):
+        raise exception.Invalid(
+            f'not the name of a host: {str(name)[:80]!r}')
+    return name
+
+
+def check(report: Any) -> dict[str, Any]:
+    """A report with known members only, each in bounds.
+
+    :raises Invalid: it is none; the message names host and member.
+    """
+    if not isinstance(report, dict):
+        raise exception.Invalid('not a JSON object')
+    host = validate_host(report.get('host'))
+    try:
+        images = report['images']
+        if not isinstance(images, list) or len(images) > IMAGES_LIMIT:
+            raise exception.Invalid('"images" is no list, or too long')
+        checked = [_image(one) for one in images]
+        if len({one['id'] for one in checked}) != len(checked):
+            raise exception.Invalid('an image is listed twice')
+        return {
+            'host': host,
+            'at': _number(report, 'at', 1e12),
+            'version': _integer(report, 'version', journal.SERIAL_LIMIT),
+            'software': _text(report, 'software', 64),
+            'images': checked,
+        } | {key: _integer(report, key, 1 << 63) for key in (
+            'volume_bytes', 'mirror_bytes', 'free_bytes')}
+    except KeyError as error:
+        raise exception.Invalid(f'host {host}: {error} is missing') from error
+    except exception.Invalid as error:
+        raise exception.Invalid(f'host {host}: {error}') from error
+
+
+def _image(one: Any) -> dict[str, Any]:
+    if not isinstance(one, dict):
+        raise exception.Invalid('an image is no JSON object')
+    image_id = journal.validate_image_id(one.get('id', ''))
+    state = one.get('state')
+    if state not in STATES:
+        raise exception.Invalid(
+            f'image {image_id}: state {str(state)[:40]!r}')
+    return {
+        'id': image_id, 'state': state,
+        'progress': _number({'progress': 0, **one}, 'progress', 1),
+        'error': _text({'error': '', **one}, 'error', _ERROR_LIMIT),
+        'serial': None if one.get('serial') is None else
+        _integer(one, 'serial', journal.SERIAL_LIMIT),
+    }
+
+
+def _integer(where: dict[str, Any], key: str, limit: int) -> int:
+    value = where[key]
+    # JSON's true counts as an integer in Python.
+    if type(value) is not int or not 0 <= value < limit:
+        raise exception.Invalid(f'"{key}" is no number below {limit}')
+    return value
+
+
+def _number(where: dict[str, Any], key: str, limit: float) -> float:
+    value = where[key]
+    if type(value) not in (int, float) or not (
+            0 <= value <= limit):
+        raise exception.Invalid(f'"{key}" is not between 0 and {limit:g}')
+    return float(value)
+
+
+def _text(where: dict[str, Any], key: str, limit: int) -> str:
+    value = where[key]
+    if value is None:
+        return ''
+    if not isinstance(value, str):
+        raise exception.Invalid(f'"{key}" is no text')
+    return records.clean(value, limit)

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reports of hosts, which may be hostile."""
+
+import json
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastboot_common import exception
+from fastboot_glance import centre, records, reports
+
+GOOD = {
+    'host': 'h1.example', 'version': 3, 'at': 1e9, 'software': '1.0',
+    'images': [{'id': 'a', 'state': 'transferring', 'progress': .5,
+                'error': '', 'serial': 3}],
+    'volume_bytes': 1, 'mirror_bytes': 2, 'free_bytes': 3,
+}
+
+
+def change(**members):
+    return GOOD | members
+
+
+def image(**members):
+    return change(images=[GOOD['images'][0] | members])
+
+
+def test_good_report_is_kept_as_it_is():
+    assert reports.check(GOOD) == GOOD
+
+
+def test_members_of_newer_agents_are_dropped():
+    assert reports.check(change(news=1)) == GOOD
+    assert reports.check(image(news=1)) == GOOD
+
+
+def test_what_an_image_need_not_have():
+    found = reports.check(change(images=[
+        {'id': 'a', 'state': 'absent', 'error': None, 'serial': None}]))
+    assert found['images'] == [{'id': 'a', 'state': 'absent',
+                                'progress': 0.0, 'error': '',
+                                'serial': None}]
+
+
+@pytest.mark.parametrize('report', [
+    None, [], 'x', {}, change(host=None), change(host='../x'),
+    change(host='x' * 256), change(host=''), change(host='a b'),
+    change(host='a\n'), change(version=-1), change(version=True),
+    change(version=1 << 20), change(version='3'), change(version=3.0),
+    change(at=float('nan')), change(at=float('inf')), change(at=-1),
+    change(at=None), change(at=10 ** 400), change(software=1),
+    change(images={}), change(images=[None]), change(images=['a']),
+    change(images=[{}] * 20_001), change(volume_bytes=1 << 63),
+    change(free_bytes=-1), change(images=GOOD['images'] * 2),
+    image(id='../x'), image(id=1), image(id=['a']), image(state='flying'),
+    image(state=None), image(state=['ready']), image(progress=1.1),
+    image(progress=float('nan')), image(progress='1'), image(error=5),
+    image(serial='3'), image(serial=-1), image(serial=True)])
+def test_reports_without_sense(report):
+    with pytest.raises(exception.Invalid) as caught:
+        reports.check(report)
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize('name', sorted(GOOD))
+def test_missing_members(name):
+    with pytest.raises(exception.Invalid, match=name):
+        reports.check({
+            key: value for key, value in GOOD.items() if key != name})
+
+
+def test_words_are_cut_and_cleaned():
+    found = reports.check(image(error='\x1b[31m' + 'x' * 9000))
+    assert len(found['images'][0]['error']) == 500
+    assert '\x1b' not in found['images'][0]['error']
+
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
+        st.text(max_size=5), inner, max_size=3), max_leaves=6)
+images = st.lists(st.fixed_dictionaries({
+    'id': st.sampled_from(['a', 'b', 'c']) | values,
+    'state': st.sampled_from(reports.STATES) | values,
+}, optional={
+    'progress': st.floats(0, 1) | values, 'error': values,
+    'serial': st.integers() | values}), max_size=3)
+
+
+@given(report=values | st.fixed_dictionaries({
+    'host': st.sampled_from(['h1', 'h2']) | values,
+    'version': st.integers(0, 5) | values, 'at': st.floats(0, 1e9) | values,
+    'software': st.text() | values, 'images': images | values,
+    'volume_bytes': st.integers(0) | values,
+    'mirror_bytes': st.integers(0) | values,
+    'free_bytes': st.integers(0) | values}))
+def test_any_report_is_refused_or_can_be_kept(store, report):
+    try:
+        checked = reports.check(report)
+    except exception.Invalid:
+        checked = None
+    # The endpoint never raises: the bus would deliver it again.
+    centre.Endpoint(store).report({}, report)
+    if checked:
+        json.dumps(checked, allow_nan=False)
+        found = store.host(checked['host'])
+        assert set(found.images) <= {'a', 'b', 'c'} | {
+            one['id'] for one in checked['images']}
+        store.forget_host(checked['host'])
+
+
+@pytest.fixture(scope='module')
+def store(tmp_path_factory):
+    path = tmp_path_factory.mktemp('centre')
+    found = records.Records(f'sqlite:///{path}/records.db')
+    found.create()
+    return found
+
+
+def test_report_arrives(store):
+    centre.Endpoint(store).report({}, change(at=time.time()))
+    assert store.host('h1.example').images['a'].progress == .5
+
+
+def test_database_away_loses_only_the_report(tmp_path, caplog):
+    away = records.Records(f'sqlite:///{tmp_path}/none/x.db')
+    centre.Endpoint(away).report({}, GOOD)
+    assert 'h1.example' in caplog.text
