@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Final, Self
 
-from fastboot_common import ensure, exception
+from fastboot_common import exception, sockets
 
 LOG = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ LOG = logging.getLogger(__name__)
 OLDEST: Final = (1, 32)
 
 _PROGRAM: Final = 'nbdkit'
-_PLUGIN: Final = pathlib.Path(__file__).with_name('export.py')
+PLUGIN: Final = pathlib.Path(__file__).with_name('export.py')
 _START_SECONDS: Final = 20.0
 _STOP_SECONDS: Final = 5.0
 #: What is kept of stderr: the last lines, each cut to so many bytes.
@@ -38,7 +38,20 @@ _LINE_LIMIT: Final = 1000
 #: Bytes that an NBD server says first.
 _GREETING: Final = 18
 #: Sockets come into being with mode 0660.
-_UMASK: Final = 0o117
+UMASK: Final = 0o117
+
+
+def greet(path: pathlib.Path, seconds: float = 1) -> None:
+    """See whether an NBD server answers at a socket.
+
+    :raises TimeoutError: one is there, and says nothing.
+    :raises OSError: none is.
+    """
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.settimeout(seconds)
+        probe.connect(os.fspath(path))
+        if not probe.recv(_GREETING):
+            raise ConnectionResetError(f'{path} hung up')
 
 
 @functools.cache
@@ -98,6 +111,16 @@ class Server:
         return [_PROGRAM, '-f', '-r', '-t', '1', '-U', os.fspath(self.path),
                 *drop, *self._arguments]
 
+    def daemon(self, pid_file: pathlib.Path) -> list[str]:
+        """A command line that ends when it answers, and leaves it running.
+
+        What it says goes to syslog then.
+
+        :param pid_file: says which process it is.
+        """
+        program, _foreground, *rest = self.command
+        return [program, '-P', os.fspath(pid_file), *rest]
+
     @property
     def pid(self) -> int | None:
         """Of the running process; None when there is none."""
@@ -120,7 +143,7 @@ class Server:
         :raises CommandFailed: it ended, or does not answer.
         """
         version()
-        ensure.vacate(self.path)
+        sockets.vacate(self.path)
         command = [*self.command[:1], '--exit-with-parent',
                    *self.command[1:]]
         self._words.clear()
@@ -137,7 +160,7 @@ class Server:
         self._process = process
         try:
             self._await(command, process)
-            ensure.admit(self.path, self._group)
+            sockets.admit(self.path, self._group)
         except BaseException:
             self.close()
             raise
@@ -175,7 +198,7 @@ class Server:
         try:
             process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE, umask=_UMASK)
+                stderr=subprocess.PIPE, umask=UMASK)
         except OSError as error:
             spawned.put(error)
             return
@@ -197,12 +220,9 @@ class Server:
                 if self._keeper:
                     self._keeper.join(_STOP_SECONDS)
                 raise exception.CommandFailed(command, status, self.words)
-            with socket.socket(socket.AF_UNIX) as probe:
-                probe.settimeout(1)
-                with contextlib.suppress(OSError):
-                    probe.connect(os.fspath(self.path))
-                    if probe.recv(_GREETING):
-                        return
+            with contextlib.suppress(OSError):
+                greet(self.path)
+                return
             time.sleep(0.01)
         raise exception.CommandFailed(
             command, -9, f'no answer on {self.path} for {_START_SECONDS} '
@@ -224,7 +244,7 @@ class Export(Server):
                  group: str | None = None, user: str | None = None) -> None:
         asked = [] if agent is None else [f'agent={agent}']
         super().__init__(
-            path, ['python', os.fspath(_PLUGIN), f'root={root}', *asked,
+            path, ['python', os.fspath(PLUGIN), f'root={root}', *asked,
                    f'wait={wait}'], group=group, user=user)
 
 

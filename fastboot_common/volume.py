@@ -5,6 +5,7 @@ See reference/volume for the format, the order of writes and why. One process
 writes; anyone may read.
 """
 
+import collections
 import concurrent.futures
 import contextlib
 import dataclasses
@@ -59,6 +60,22 @@ class Image:
 
 
 @dataclasses.dataclass(frozen=True)
+class Lease:
+    """Who needs an image here: the content of ``leases/<image id>/<name>``.
+
+    :ivar holder: an instance's id, or a service.
+    :ivar file: the lease lasts while that file exists; '': until it is
+        released.
+    :ivar since: when it was last asked for (seconds since the epoch).
+    """
+
+    name: str
+    holder: str
+    file: str
+    since: float
+
+
+@dataclasses.dataclass(frozen=True)
 class Batch:
     """Blocks to put into a volume that come out of one frame.
 
@@ -100,6 +117,12 @@ class Volume:
         self._backing = backing
         self._resolve = resolve
         self._mutex = threading.RLock()
+        #: Guards the two below; leases do not wait for those who fill.
+        self._guests = threading.Condition()
+        #: Images whose lease is being written: how many.
+        self._arriving: collections.Counter[str] = collections.Counter()
+        #: Images that are being evicted.
+        self._leaving: set[str] = set()
         self._slots: dict[str, slot.Slot] = {}
         self._index: blockindex.BlockIndex
         #: Where the next cluster comes from, and where that run ends.
@@ -358,6 +381,12 @@ class Volume:
                 self._fd, plain[start:start + len(part) * size],
                 int(offsets[part[0]]))
 
+    def clusters(self, image_id: str, numbers: blocks.Blocks) -> Offsets:
+        """Where in the file blocks of an image lie that are here, sorted."""
+        target = self.slot_of(image_id)
+        entries = target.entries(np.unique(numbers))
+        return np.unique(target.offsets(entries[entries > qcow2.ZERO]))
+
     def read_ahead(self, image_id: str, numbers: blocks.Blocks) -> int:
         """Ask the kernel for the clusters of some blocks.
 
@@ -368,12 +397,9 @@ class Volume:
         for start in (target.start, slot.REFCOUNTS):
             os.posix_fadvise(self._fd, start, slot.SLOT,
                              os.POSIX_FADV_WILLNEED)
-        entries = target.entries(np.unique(numbers))
-        offsets = np.unique(
-            target.offsets(entries[entries > qcow2.ZERO])) // self.block_size
-        for first, count in blocks.runs(offsets):
-            os.posix_fadvise(self._fd, first * self.block_size,
-                             count * self.block_size,
+        offsets = self.clusters(image_id, numbers)
+        for start, end in _spans(offsets, self.block_size):
+            os.posix_fadvise(self._fd, start, end - start,
                              os.POSIX_FADV_WILLNEED)
         return len(offsets) * self.block_size
 
@@ -405,12 +431,30 @@ class Volume:
 
     # Leases and pins
 
-    def lease(self, image_id: str, holder: str) -> None:
-        """Keep an image here for `holder` (an instance's id), durably."""
-        # Not while an eviction that saw no lease is under way.
-        with self._mutex:
-            files.write_atomically(self._holder('leases', image_id, holder),
-                                   journal.canonical({'since': time.time()}))
+    def lease(self, image_id: str, holder: str, file: str = '',
+              wait: float | None = None) -> None:
+        """Keep an image here, durably. Asked for again, it is the same lease.
+
+        :param holder: an instance's id, or a service.
+        :param file: see :class:`Lease`.
+        :param wait: seconds for an eviction of the image to end; None: any.
+        :raises Busy: it did not.
+        """
+        path = self._lease(image_id, holder, file)
+        with self._guests:
+            if not self._guests.wait_for(
+                    lambda: image_id not in self._leaving, wait):
+                raise exception.Busy(f'image {image_id} is being evicted')
+            with contextlib.suppress(FileNotFoundError):
+                os.utime(path)
+                return
+            self._arriving[image_id] += 1
+        try:
+            files.write_atomically(path, journal.canonical({
+                'since': time.time(), 'holder': holder, 'file': file}))
+        finally:
+            with self._guests:
+                self._arriving[image_id] -= 1
 
     def last_use(self, image_id: str) -> float:
         """When a lease of the image last began or ended (seconds since the
@@ -420,18 +464,56 @@ class Volume:
         except FileNotFoundError:
             return 0.0
 
-    def release(self, image_id: str, holder: str) -> None:
+    def touch(self, image_id: str) -> None:
+        """Count as used now, for those who evict what was not."""
+        path = self.path / 'leases' / journal.validate_image_id(image_id)
+        path.mkdir(parents=True, exist_ok=True, mode=0o750)
+        os.utime(path)
+
+    def release(self, image_id: str, holder: str, file: str = '') -> None:
         """End a lease; one that is not there is no error."""
-        files.remove(self._holder('leases', image_id, holder))
+        files.remove(self._lease(image_id, holder, file))
+
+    def expire(self, image_id: str, lease: Lease) -> bool:
+        """End a lease, unless it was asked for again since it was read.
+
+        :returns: whether it is over.
+        """
+        path = self.path / 'leases' / image_id / lease.name
+        with self._guests:
+            if self._arriving[image_id]:
+                return False
+            with contextlib.suppress(FileNotFoundError):
+                if path.stat().st_mtime != lease.since:
+                    return False
+                files.remove(path)
+            return True
 
     def leases(self, image_id: str) -> list[str]:
-        """Who holds the image."""
+        """Names of the leases of an image."""
         directory = (self.path / 'leases'
                      / journal.validate_image_id(image_id))
-        if not directory.exists():
+        try:
+            return sorted(name for name in os.listdir(directory)
+                          if not name.startswith('.'))
+        except FileNotFoundError:
             return []
-        return sorted(path.name for path in directory.iterdir()
-                      if not path.name.startswith('.'))
+
+    def leased_images(self) -> list[str]:
+        """The images that have, or had, leases."""
+        try:
+            return sorted(os.listdir(self.path / 'leases'))
+        except FileNotFoundError:
+            return []
+
+    def leased(self, image_id: str) -> list[Lease]:
+        """The leases of an image."""
+        found = []
+        for name in self.leases(image_id):
+            path = self.path / 'leases' / image_id / name
+            with contextlib.suppress(FileNotFoundError):
+                found.append(_read_lease(path))
+        return found
 
     def pin(self, image_id: str) -> None:
         """Keep an image here until :meth:`unpin`, durably."""
@@ -448,9 +530,13 @@ class Volume:
         return (self.path / 'pins'
                 / journal.validate_image_id(image_id)).exists()
 
-    def _holder(self, kind: str, image_id: str, holder: str) -> pathlib.Path:
-        journal.validate_image_id(image_id)
-        return self.path / kind / image_id / journal.validate_image_id(holder)
+    def _lease(self, image_id: str, holder: str, file: str) -> pathlib.Path:
+        name = journal.validate_image_id(holder)
+        if file:
+            digest = hashlib.sha256(os.fsencode(f'{holder} {file}'))
+            name = f'{holder[:31]}-{digest.hexdigest()[:32]}'
+        return (self.path / 'leases' / journal.validate_image_id(image_id)
+                / name)
 
     # Eviction
 
@@ -460,15 +546,7 @@ class Volume:
         :returns: bytes freed on the device.
         :raises Busy: one of them is leased or pinned; nothing was removed.
         """
-        with self._mutex:
-            for image_id in image_ids:
-                holders = self.leases(image_id)
-                if holders:
-                    raise exception.Busy(
-                        f'image {image_id} is leased by '
-                        + ', '.join(holders))
-                if self.pinned(image_id):
-                    raise exception.Busy(f'image {image_id} is pinned')
+        with self._mutex, self._closed_to_guests(image_ids):
             before = self.disk_used()
             with self._operation():
                 for image_id in image_ids:
@@ -477,6 +555,29 @@ class Volume:
                 for image_id in image_ids:
                     files.remove(self.path / 'images' / image_id)
             return before - self.disk_used()
+
+    @contextlib.contextmanager
+    def _closed_to_guests(self, image_ids: list[str]) -> Iterator[None]:
+        """No lease of these images begins meanwhile.
+
+        :raises Busy: there is one, or a pin.
+        """
+        with self._guests:
+            for image_id in image_ids:
+                holders = self.leases(image_id)
+                if holders or self._arriving[image_id]:
+                    raise exception.Busy(
+                        f'image {image_id} is leased by '
+                        f'{", ".join(holders) or "a guest that comes"}')
+                if self.pinned(image_id):
+                    raise exception.Busy(f'image {image_id} is pinned')
+            self._leaving.update(image_ids)
+        try:
+            yield
+        finally:
+            with self._guests:
+                self._leaving.difference_update(image_ids)
+                self._guests.notify_all()
 
     def _remove_slot(self, image_id: str) -> None:
         try:
@@ -783,6 +884,22 @@ def _read_image(path: pathlib.Path) -> Image:
     except (ValueError, KeyError, TypeError, OverflowError,
             RecursionError) as error:
         raise exception.Corrupt(f'{path}: {error!r}') from error
+
+
+def _read_lease(path: pathlib.Path) -> Lease:
+    """One that makes no sense is kept until it is released.
+
+    :raises FileNotFoundError: it is over.
+    """
+    since = path.stat().st_mtime
+    raw: Any = {}
+    with contextlib.suppress(ValueError, RecursionError):
+        raw = json.loads(path.read_bytes())
+    if not isinstance(raw, dict):
+        raw = {}
+    holder, file = raw.get('holder', path.name), raw.get('file', '')
+    return Lease(path.name, str(holder),
+                 file if isinstance(file, str) else '', since)
 
 
 def _tables(pieces: Iterable[blocks.Blocks], per_table: int,

@@ -39,6 +39,8 @@ _FRAMES_AT_ONCE = 32
 _FETCHES = 4
 #: Blocks whose digests are looked up at once, to bound memory.
 _PIECE = 1 << 16
+#: Told of an image that left a volume, and the bytes that this freed.
+Evicted = Callable[[str, int], None]
 #: Hydrates of a cancelled thread end after the frames under way.
 Cancelled = Callable[[], bool]
 
@@ -104,10 +106,17 @@ class Host:
             threads or len(os.sched_getaffinity(0)), 'frames')
         self._fetchers = concurrent.futures.ThreadPoolExecutor(
             _FETCHES, 'fetch')
+        # Guests that miss do not queue behind what can wait.
+        self._background = concurrent.futures.ThreadPoolExecutor(
+            _FETCHES, 'hydrate')
+        #: By image id: the manifest whose boot set is in the volume, and
+        #: the slot that has it (eviction ends a slot).
+        self._thawed: dict[str, tuple[str, slot.Slot]] = {}
 
     def close(self) -> None:
         """Close all volumes."""
         self._fetchers.shutdown()
+        self._background.shutdown()
         self._pool.shutdown()
         for one in self._volumes.values():
             one.close()
@@ -193,28 +202,44 @@ class Host:
                 LOG.error('image %s: %s', image.image_id, error)
                 failed[image.image_id] = str(error)
         # What a manifest that cannot be read needs is not known.
-        freed = 0 if failed else self._drop_gone(state)
+        freed = 0 if failed else self.drop_gone()
         return Synced(state.version, len(wanted), fetched, freed, failed)
 
-    def _drop_gone(self, state: journal.State) -> int:
-        keep = {image.manifest for image in state.images.values()}
-        freed = 0
-        for one in self.volumes():
-            gone = []
-            for image in one.images().values():
-                current = state.images.get(image.image_id)
-                if current and current.serial == image.serial:
-                    self._follow(one, image, current)
-                elif not one.leases(image.image_id):
-                    one.unpin(image.image_id)
-                    gone.append(image.image_id)
-                    continue
-                keep.add(image.manifest)
-            if gone:
-                LOG.info('evicting images that were deregistered: %s',
-                         ', '.join(gone))
-                freed += one.evict(gone)
-        return freed + self.mirror.prune(keep)
+    def drop_gone(self, evicted: Evicted = lambda image_id, freed: None,
+                  ) -> int:
+        """Drop the images that are not registered any more.
+
+        Those with guests stay until a call that finds none.
+
+        :param evicted: told of what left a volume.
+        :returns: bytes freed.
+        """
+        with self.mirror.following:
+            images = self.mirror.state.images
+            keep = {image.manifest for image in images.values()}
+            freed = 0
+            for one in self.volumes():
+                for image in one.images().values():
+                    current = images.get(image.image_id)
+                    if current and current.serial == image.serial:
+                        self._follow(one, image, current)
+                    elif self._drop(one, image.image_id, evicted):
+                        continue
+                    keep.add(image.manifest)
+            return freed + self.mirror.prune(keep)
+
+    def _drop(self, one: volume.Volume, image_id: str,
+              evicted: Evicted) -> bool:
+        if one.leases(image_id):
+            return False
+        one.unpin(image_id)
+        try:
+            freed = one.evict([image_id])
+        except exception.Busy:
+            return False
+        LOG.info('image %s was deregistered and is evicted', image_id)
+        evicted(image_id, freed)
+        return True
 
     def _follow(self, one: volume.Volume, image: volume.Image,
                 current: journal.Image) -> None:
@@ -253,13 +278,13 @@ class Host:
             if not known:
                 one.release(image.image_id, holder)
             raise
-        self._read_ahead(one, image)
+        self.read_ahead(image)
         return self.link(image.image_id)
 
-    def release(self, image_id: str, holder: str) -> None:
+    def release(self, image_id: str, holder: str, file: str = '') -> None:
         """End a guest's lease."""
         for one in self.volumes():
-            one.release(image_id, holder)
+            one.release(image_id, holder, file)
 
     def link(self, image_id: str) -> chain.Link:
         """Where the slot of an image is, and whether it is complete."""
@@ -285,15 +310,26 @@ class Host:
         # What lacks comes before the volume is locked.
         self.mirror.pull(image)
         one = self.open_volume(image.domain)
-        one.make_slot(
+        target = one.make_slot(
             volume.Image(image.image_id, image.serial, image.manifest,
                          image.virtual_size),
             data_blocks(found))
         frames = self.mirror.frames(found, found.boot)
-        return one.fill(image.image_id, [
+        written = one.fill(image.image_id, [
             volume.Batch(frame.numbers, frame.digests, frame.positions,
                          functools.partial(self.mirror.plain, frame, True))
             for frame in frames], self._pool)
+        self._thawed[image.image_id] = image.manifest, target
+        return written
+
+    def is_thawed(self, image: journal.Image) -> bool:
+        """Whether :meth:`thaw` has nothing to do, as far as is known."""
+        manifest_digest, target = self._thawed.get(
+            image.image_id, (None, None))
+        with contextlib.suppress(exception.NotFound):
+            return (manifest_digest == image.manifest and target is
+                    self.open_volume(image.domain).slot_of(image.image_id))
+        return False
 
     def _check_alone(self, image: journal.Image) -> None:
         """The export knows images by their ids: one content each.
@@ -309,26 +345,27 @@ class Host:
                     f'can be used here once no guest has that one')
 
     def _fill(self, one: volume.Volume, image_id: str,
-              frames: list[mirror.Frame]) -> None:
+              frames: list[mirror.Frame],
+              fetchers: concurrent.futures.Executor) -> None:
         """Put frames into a volume that may have to come from far.
 
         They are all here before the volume is locked: a slow repository
         must not hold up other guests. :data:`_FRAMES_AT_ONCE` bounds memory.
         """
-        plain = list(self._fetchers.map(self.mirror.plain, frames))
+        plain = list(fetchers.map(self.mirror.plain, frames))
         one.fill(image_id, [
             volume.Batch(frame.numbers, frame.digests, frame.positions,
                          functools.partial(plain.__getitem__, at))
             for at, frame in enumerate(frames)], self._pool)
 
-    def _read_ahead(self, one: volume.Volume, image: journal.Image) -> None:
+    def read_ahead(self, image: journal.Image) -> None:
         """Start reading the boot set while QEMU is being started."""
-        boot = self.mirror.read_manifest(image.manifest).boot
-
         def read() -> None:
             # A hint only; the host may be closed meanwhile.
             with contextlib.suppress(OSError, exception.FastbootError):
-                one.read_ahead(image.image_id, boot)
+                self.open_volume(image.domain).read_ahead(
+                    image.image_id,
+                    self.mirror.read_manifest(image.manifest).boot)
 
         # Not on the pool: who fills a volume waits for the pool, and this
         # for the volume.
@@ -360,18 +397,20 @@ class Host:
         found = self.mirror.read_manifest(image.manifest)
         frames = self.mirror.widen(found, self.mirror.frames(found, numbers))
         for part in _parts(frames):
-            self._fill(one, image_id, part)
+            self._fill(one, image_id, part, self._fetchers)
 
     # In the background
 
     def hydrate(self, image_id: str,
                 progress: Callable[[int], None] | None = None,
-                cancelled: Cancelled = lambda: False) -> bool:
+                cancelled: Cancelled = lambda: False,
+                pace: Callable[[int], None] = lambda count: None) -> bool:
         """Bring the whole image here: the boot set, then by offset.
 
         Safe to interrupt; a repeat goes on with what lacks.
 
         :param progress: told the plain bytes as they are there.
+        :param pace: told the plain bytes that come next; may wait.
         :returns: whether the image is complete.
         """
         one, image = self.find(image_id)
@@ -384,12 +423,14 @@ class Host:
                          * (len(numbers) - len(missing)))
             frames = self.mirror.frames(found, missing)
             for part in _parts(frames):
+                size = self.mirror.block_size * sum(
+                    len(frame.numbers) for frame in part)
+                pace(size)
                 if cancelled():
                     return False
-                self._fill(one, image_id, part)
+                self._fill(one, image_id, part, self._background)
                 if progress:
-                    progress(self.mirror.block_size
-                             * sum(len(frame.numbers) for frame in part))
+                    progress(size)
         return one.complete(image_id)
 
     def data_bytes(self, image: journal.Image) -> int:
@@ -413,10 +454,12 @@ class Host:
                                 if place is one])
         return freed
 
-    def make_room(self, wanted: int) -> int:
+    def make_room(self, wanted: int,
+                  evicted: Evicted = lambda image_id, freed: None) -> int:
         """Evict what nobody leases, least recently acquired first.
 
         :param wanted: bytes.
+        :param evicted: told of each image.
         :returns: bytes freed, perhaps less.
         """
         idle = sorted(
@@ -429,7 +472,9 @@ class Host:
                 break
             # A guest may have come for it, or others evicted it, meanwhile.
             with contextlib.suppress(exception.Busy, exception.NotFound):
-                freed += self.evict([image_id])
+                count = self.evict([image_id])
+                evicted(image_id, count)
+                freed += count
         return freed
 
     # Looking at it
@@ -455,14 +500,11 @@ class Host:
             state = 'ready'
         if here:
             one, _ = here
-            slot = one.slot_of(image.image_id)
-            present, missing = slot.present(), slot.missing()
-            progress = present / max(present + missing, 1)
-            state = 'thawed'
-            if one.is_complete(image.image_id):
-                state, progress = 'complete', 1.0
             leases = len(one.leases(image.image_id))
             pinned = one.pinned(image.image_id)
+            # It may be evicted meanwhile.
+            with contextlib.suppress(exception.NotFound):
+                state, progress = _presence(one, image.image_id)
         return Status(image.image_id, image.name, image.serial, image.domain,
                       state, progress, leases, pinned)
 
@@ -476,6 +518,18 @@ class Host:
         return one.check(
             image_id, lambda numbers: self._digests(image, numbers),
             data_blocks(found), self._pool)
+
+
+def _presence(one: volume.Volume, image_id: str) -> tuple[str, float]:
+    """State and share of an image that has a slot.
+
+    :raises NotFound: it has none.
+    """
+    target = one.slot_of(image_id)
+    if one.is_complete(image_id):
+        return 'complete', 1.0
+    present, missing = target.present(), target.missing()
+    return 'thawed', present / max(present + missing, 1)
 
 
 def _parts(frames: list[mirror.Frame]) -> Iterator[list[mirror.Frame]]:

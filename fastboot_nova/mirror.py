@@ -75,6 +75,9 @@ class Mirror:
         """
         self.path = path
         self.source = source
+        #: Held while the state changes, and while what it does not name is
+        #: deleted. Not by those who read: the source may be slow.
+        self.following = threading.RLock()
         self._mutex = threading.RLock()
         self._indexes: collections.OrderedDict[
             str, pack.PackIndex] = collections.OrderedDict()
@@ -108,7 +111,7 @@ class Mirror:
         :raises Unavailable: the source is out of reach.
         :raises Corrupt: the journal does not follow what is known here.
         """
-        with self._mutex:
+        with self.following:
             if self._repository is None:
                 found = repository.Repository(self.source, self.state)
                 if found.id != self.id:
@@ -178,6 +181,12 @@ class Mirror:
                                image.manifest.encode())
         return total
 
+    def boot_bytes(self, image: journal.Image) -> int:
+        """Compressed bytes of an image's boot set, as :meth:`pull` counts."""
+        found = self.read_manifest(image.manifest)
+        return sum(_cost(ref, frames) for ref, frames
+                   in self._by_pack(self.frames(found, found.boot)))
+
     def _by_pack(self, frames: list[Frame],
                  ) -> list[tuple[pack.PackRef, list[Frame]]]:
         groups: dict[str, list[Frame]] = {}
@@ -190,8 +199,7 @@ class Mirror:
         whole = self._path('packs', ref.digest)
         if whole.exists():
             return 0
-        wanted = sum(frame.index.extent(frame.number)[1] for frame in frames)
-        if wanted >= _WHOLE * ref.size:
+        if _cost(ref, frames) == ref.size:
             whole.parent.mkdir(parents=True, exist_ok=True, mode=0o750)
             self.source.fetch(store.object_name('packs', ref.digest), whole,
                               ref.digest, progress)
@@ -341,16 +349,28 @@ class Mirror:
 
         :returns: bytes freed.
         """
+        # Listed first: what a pull brings from now on is not looked at.
+        kinds = {kind: list((self.path / kind).glob('??/*'))
+                 for kind in ('manifests', 'packs', 'partial')}
+        # Of an image whose manifest is not here, nothing is.
         packs = {ref.digest for digest in keep
+                 if self._path('manifests', digest).exists()
                  for ref in self.read_manifest(digest).packs}
         freed = 0
-        for kind, wanted in (('manifests', keep), ('packs', packs),
-                             ('partial', packs)):
-            for path in (self.path / kind).glob('??/*'):
+        for kind, paths in kinds.items():
+            wanted = keep if kind == 'manifests' else packs
+            for path in paths:
                 if path.name.removesuffix('.part') not in wanted:
-                    freed += path.stat().st_blocks * 512
-                    path.unlink()
+                    with contextlib.suppress(FileNotFoundError):
+                        freed += path.stat().st_blocks * 512
+                        path.unlink()
         for path in (self.path / 'ready').glob('*'):
             if path.name not in self.state.images:
                 path.unlink()
         return freed
+
+
+def _cost(ref: pack.PackRef, frames: list[Frame]) -> int:
+    """Bytes to fetch for some frames of a pack."""
+    wanted = sum(frame.index.extent(frame.number)[1] for frame in frames)
+    return ref.size if wanted >= _WHOLE * ref.size else wanted

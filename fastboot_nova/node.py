@@ -9,7 +9,7 @@ import pathlib
 from types import TracebackType
 from typing import Self
 
-from fastboot_common import ensure, nbdkit
+from fastboot_common import ensure, localapi, nbdkit
 from fastboot_nova import host
 
 
@@ -49,7 +49,8 @@ class Node:
         self._run.mkdir(parents=True, exist_ok=True, mode=0o750)
         with self._resources:
             enter = self._resources.enter_context
-            enter(ensure.EnsureServer(agent, self._host.ensure, self._group))
+            enter(localapi.Server(
+                agent, [ensure.route(self._host.ensure)], self._group))
             enter(nbdkit.Export(self._host.path, export, agent=agent,
                                 wait=self._wait, group=self._group))
             enter(nbdkit.Shield(self._socket, export,

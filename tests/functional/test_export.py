@@ -17,7 +17,7 @@ import time
 import pytest
 import slots
 
-from fastboot_common import ensure, exception, nbdkit, qcow2
+from fastboot_common import ensure, exception, localapi, nbdkit, qcow2
 
 pytestmark = pytest.mark.skipif(
     not (shutil.which('nbdkit') and shutil.which('qemu-img')),
@@ -34,6 +34,10 @@ def run(*command, timeout=120, ok=True):
     if ok:
         assert done.returncode == 0, done.stderr + done.stdout
     return done
+
+
+def serve(path, agent):
+    return localapi.Server(path, [ensure.route(agent)])
 
 
 def uri(server, image=IMAGE):
@@ -161,7 +165,7 @@ def test_random_reads_of_any_alignment(tmp_path, volume, export):
                        present=lambda block: block % 7)
     data = raw.read_bytes()
     rng = random.Random(3)
-    with ensure.EnsureServer(export.path.parent / 'a', Agent(volume, image)):
+    with serve(export.path.parent / 'a', Agent(volume, image)):
         client = Client(export.path, IMAGE)
         assert client.size == len(data)
         with client.socket:
@@ -258,7 +262,7 @@ def test_missing_clusters_come_from_the_agent(tmp_path, volume, export):
     raw = slots.make_raw(tmp_path / 'raw', 32 * K * K)
     image = volume.add(IMAGE, raw, present=lambda block: block % 3 == 0)
     agent = Agent(volume, image)
-    with ensure.EnsureServer(export.path.parent / 'a', agent):
+    with serve(export.path.parent / 'a', agent):
         compare(export, raw)
         calls = len(agent.calls)
         assert calls
@@ -271,7 +275,7 @@ def test_one_call_for_one_read(tmp_path, volume, export):
     raw = slots.make_raw(tmp_path / 'raw', K * K + 512, holes=0)
     image = volume.add(IMAGE, raw, present=lambda block: block in (0, 5))
     agent = Agent(volume, image)
-    with ensure.EnsureServer(export.path.parent / 'a', agent):
+    with serve(export.path.parent / 'a', agent):
         qemu_io(export, f'read 0 {96 * K}')
         assert agent.calls == [(IMAGE, 16 * K, 64 * K)]
         qemu_io(export, f'read {K * K} 512')
@@ -281,7 +285,7 @@ def test_one_call_for_one_read(tmp_path, volume, export):
 def test_filled_while_many_read(tmp_path, volume, export):
     raw = slots.make_raw(tmp_path / 'raw', 48 * K * K)
     image = volume.add(IMAGE, raw, present=lambda block: False)
-    with ensure.EnsureServer(export.path.parent / 'a', Agent(volume, image)):
+    with serve(export.path.parent / 'a', Agent(volume, image)):
         copies = [subprocess.Popen(
             ['nbdcopy', '--connections=4', '--request-size=65536',
              uri(export), str(tmp_path / f'copy{number}')])
@@ -306,7 +310,7 @@ def test_reads_wait_for_an_agent_that_restarts(tmp_path, volume, run_dir):
         for _ in range(200):
             if stop.is_set():
                 return
-            with ensure.EnsureServer(run_dir / 'a', agent):
+            with serve(run_dir / 'a', agent):
                 stop.wait(0.2)
             stop.wait(0.2)
 
@@ -337,7 +341,7 @@ def test_no_agent_no_bytes(tmp_path, volume, export, refusal):
     with contextlib.ExitStack() as stack:
         if refusal:
             stack.enter_context(
-                ensure.EnsureServer(export.path.parent / 'a', refuse))
+                serve(export.path.parent / 'a', refuse))
         assert 'Input/output error' in qemu_io(
             export, f'read {16 * K} 4096', ok=False)
     said(export, IMAGE)
@@ -349,8 +353,8 @@ def test_agent_that_lies(tmp_path, volume, export):
     volume.add(IMAGE, slots.make_raw(tmp_path / 'raw', K * K, holes=0),
                present=lambda block: False)
     calls = []
-    with ensure.EnsureServer(export.path.parent / 'a',
-                             lambda *call: calls.append(call)):
+    with serve(export.path.parent / 'a',
+               lambda *call: calls.append(call)):
         assert 'Input/output error' in qemu_io(
             export, 'read 0 4096', ok=False)
     assert 1 < len(calls) < 10
@@ -360,8 +364,8 @@ def test_agent_that_never_answers(tmp_path, volume, export):
     volume.add(IMAGE, slots.make_raw(tmp_path / 'raw', K * K, holes=0),
                present=lambda block: False)
     stop = threading.Event()
-    with ensure.EnsureServer(export.path.parent / 'a',
-                             lambda *_: stop.wait(60)):
+    with serve(export.path.parent / 'a',
+               lambda *_: stop.wait(60)):
         assert 'Input/output error' in qemu_io(
             export, 'read 0 4096', ok=False)
         stop.set()

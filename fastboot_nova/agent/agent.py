@@ -1,0 +1,247 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The agent's parts, put together: what answers the local API.
+
+Not the process (sockets, signals): that is
+:mod:`fastboot_nova.agent.service`.
+"""
+
+import threading
+import time
+from typing import Any, Final
+
+from oslo_log import log as logging
+
+from fastboot_common import exception
+from fastboot_common.cli import base
+from fastboot_nova import host
+from fastboot_nova.agent import (
+    bus,
+    exports,
+    guests,
+    hydrate,
+    loopdevice,
+    memory,
+    metrics,
+    report,
+    resume,
+    space,
+    sync,
+    window,
+    worker,
+)
+
+LOG = logging.getLogger(__name__)
+
+_SPACE_SECONDS: Final = 20.0
+
+
+class Agent:
+    """The parts that need a host whose repository is known.
+
+    :param conf: the configuration.
+    :param name: of this host.
+    :param served: the host, opened for writing.
+    :param told: counters.
+    :param ways: the export and its shield.
+    :param gid: QEMU's group.
+    """
+
+    def __init__(self, conf: Any, name: str, served: host.Host,
+                 told: metrics.Metrics, ways: exports.Exports,
+                 gid: int) -> None:
+        group = conf.agent
+        env = base.Environment(conf)
+        self._name = name
+        self._host = served
+        self._told = told
+        self._socket = env.shield_socket
+        self._space = space.Space(served, group.min_free, self._evicted)
+        self._guests = guests.Guests(
+            served, wait=group.acquire_wait, grace=group.lease_grace,
+            reachable=lambda: ways.healthy,
+            loops=loopdevice.LoopDevices(gid) if group.loop else None)
+        self._sync = sync.Sync(
+            served, self._space, told, times=window.Window(group.window),
+            interval=group.interval, jitter=group.jitter,
+            rate=group.sync_rate, eager=group.thaw == 'eager',
+            evicted=self._evicted, changed=self._changed)
+        self._hydrator = hydrate.Hydrator(
+            served, self._space, told, policy=group.hydrate,
+            rate=group.hydrate_rate, changed=self._changed,
+            busy=lambda: bool(self._guests.coming))
+        self._memory = memory.Memory(
+            served, group.lock_memory, group.lock_images,
+            self._space.is_roomy)
+        self._resumer = resume.Resumer(
+            group.libvirt_uri, [served.path / 'volumes', self._socket],
+            lambda: ways.healthy, told.resumed.inc)
+        self._bus: bus.Bus | None = None
+        if group.messaging:
+            self._bus = bus.Bus(conf, name, bus.Endpoint(self._sync))
+        self.reporter = report.Reporter(
+            name, served, self._sync, self._hydrator, self._space, told,
+            send=self._send, interval=group.report_interval)
+        self._workers = [
+            worker.Worker('space', self._space.keep, _SPACE_SECONDS),
+            worker.Worker('leases', self._reconcile, group.lease_interval),
+            self._sync.worker, self._hydrator.worker, self.reporter.worker]
+        if group.lock_memory:
+            self._workers.append(self._memory.worker)
+        if group.resume_guests:
+            self._workers.append(self._resumer.worker)
+        told.follow('locked_bytes', 'Boot sets locked in memory',
+                    lambda: self._memory.bytes)
+        told.follow('version_lag', 'Versions of the repository that this '
+                    'host is behind', lambda: max(
+                        0, self._sync.heard - self._sync.version))
+
+    def start(self) -> None:
+        """Begin to work."""
+        for one in self._workers:
+            if one is self._resumer.worker:
+                self._resumer.start()
+            else:
+                one.start()
+        if self._bus:
+            self._bus.start()
+
+    def close(self, deadline: float) -> None:
+        """End, until a moment of :func:`time.monotonic`.
+
+        What has not ended by then is left as a crash would leave it.
+        """
+        if self._bus:
+            self._bus.stop()
+        for one in self._workers:
+            one.stop()
+        self._sync.close()
+        self._guests.close()
+        # Not "all(...)" of a generator: each is waited for.
+        ended = [one.join(deadline) for one in self._workers]
+        self._memory.close()
+        if all(ended):
+            closer = threading.Thread(target=self._host.close, daemon=True)
+            closer.start()
+            closer.join(max(0.0, deadline - time.monotonic()))
+
+    # What the local API asks
+
+    def ensure(self, image_id: str, offset: int, length: int) -> None:
+        """Serve a guest's miss."""
+        begun = time.monotonic()
+        try:
+            try:
+                self._host.ensure(image_id, offset, length)
+            except exception.NoSpace:
+                # A guest waits: more important than what is only kept.
+                self._space.make(length)
+                self._host.ensure(image_id, offset, length)
+        except BaseException:
+            self._told.ensures.labels('error').inc()
+            raise
+        self._told.ensures.labels('ok').inc()
+        self._told.ensure_bytes.inc(length)
+        self._told.ensure_seconds.observe(time.monotonic() - begun)
+
+    def acquire(self, image_id: str, holder: str,
+                file: str) -> dict[str, Any]:
+        """Lease an image for a guest."""
+        try:
+            done = self._guests.acquire(image_id, holder, file)
+        except exception.FastbootError as error:
+            self._miss(image_id, error)
+            raise
+        self._told.hits.inc()
+        self._told.acquire_seconds.observe(done.seconds)
+        self._told.thaw_bytes.inc(done.thawed)
+        if not done.link.complete:
+            self._hydrator.worker.wake()
+        self._changed()
+        link = done.link
+        return {
+            'image': image_id, 'volume': str(link.volume), 'size': link.size,
+            'start': link.start, 'virtual_size': link.virtual_size,
+            'complete': link.complete and str(link.complete),
+            'socket': str(self._socket),
+            'loop': done.device and str(done.device),
+            'thawed': done.thawed, 'seconds': round(done.seconds, 6)}
+
+    def _miss(self, image_id: str, error: exception.FastbootError) -> None:
+        reason = 'error'
+        if isinstance(error, guests.NotHereError):
+            reason = 'absent'
+            self._sync.ask(image_id)
+        elif isinstance(error, exception.NotFound):
+            reason = 'unknown'
+            self._sync.look()
+        elif isinstance(error, exception.NoSpace):
+            reason = 'no_space'
+            self._workers[0].wake()
+        elif isinstance(error, exception.Busy):
+            reason = 'busy'
+        elif isinstance(error, exception.Unavailable):
+            reason = 'unavailable'
+        self._told.misses.labels(reason).inc()
+        LOG.info('image %s is not served to a guest: %s', image_id, error)
+
+    def release(self, image_id: str, holder: str, file: str) -> None:
+        """End a guest's lease."""
+        self._guests.release(image_id, holder, file)
+        self._changed()
+
+    def prepare(self, image_id: str) -> None:
+        """Bring a whole image here, in the background.
+
+        :raises NotFound: the image is not registered.
+        """
+        image = self._host.image(image_id)
+        if image.image_id != image_id:
+            raise exception.NotFound(f'no image has the id {image_id}')
+
+        def complete(found: Any) -> None:
+            self._host.thaw(found)
+            self._host.open_volume(found.domain).touch(image_id)
+            self._hydrator.ask(found)
+
+        self._sync.ask(image_id, complete)
+
+    def sync(self) -> None:
+        """Follow the repository now."""
+        self._sync.everything()
+
+    def images(self) -> dict[str, Any]:
+        """All images, and how far each is."""
+        return {'images': self.reporter.images(),
+                'version': self._sync.version}
+
+    def status(self) -> dict[str, Any]:
+        """The state of the parts; cheap."""
+        last = self.reporter.last
+        return {
+            'state': 'serving', 'version': self._sync.version,
+            'heard': self._sync.heard, 'repository': self._sync.error or 'ok',
+            'messaging': self._bus.connected if self._bus else None,
+            'locked_bytes': self._memory.bytes,
+            'free_bytes': self._space.free()} | {
+                key: last.get(key) for key in (
+                    'volume_bytes', 'mirror_bytes')}
+
+    # What the parts tell
+
+    def _evicted(self, image_id: str, freed: int) -> None:
+        self._told.evictions.inc()
+        self._told.evicted_bytes.inc(max(freed, 0))
+        if self._bus:
+            self._bus.notify('fastboot.image.evict', {
+                'host': self._name, 'image': image_id, 'freed_bytes': freed})
+        self._changed()
+
+    def _changed(self) -> None:
+        self.reporter.worker.wake()
+
+    def _reconcile(self) -> None:
+        self._guests.reconcile()
+
+    def _send(self, told: report.Report) -> None:
+        if self._bus:
+            self._bus.report(told)

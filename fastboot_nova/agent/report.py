@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an agent says of its host: to callers, to the centre, to metrics."""
+
+import contextlib
+import importlib.metadata
+import os
+import pathlib
+import time
+from collections.abc import Callable
+from typing import Any, Final
+
+from fastboot_nova import host
+from fastboot_nova.agent import hydrate, metrics, space, sync, worker
+
+#: Seconds that changes are gathered before they are reported.
+_GATHER: Final = 1.0
+_WORDS: Final = 500
+
+Report = dict[str, Any]
+
+
+def software() -> str:
+    """The version of fastboot."""
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version('fastboot')
+    return 'unknown'
+
+
+class Reporter:
+    """Makes reports, regularly and after changes.
+
+    :param name: of this host.
+    :param send: takes a report.
+    :param interval: seconds between two of them.
+    """
+
+    def __init__(self, name: str, served: host.Host, follower: sync.Sync,
+                 completer: hydrate.Hydrator, room: space.Space,
+                 told: metrics.Metrics, *, send: Callable[[Report], None],
+                 interval: float) -> None:
+        self._name = name
+        self._host = served
+        self._sync = follower
+        self._hydrator = completer
+        self._room = room
+        self._told = told
+        self._send = send
+        #: The last one.
+        self.last: Report = {}
+        self.worker = worker.Worker('report', self._step, interval)
+
+    def images(self) -> list[dict[str, Any]]:
+        """All images that are registered, or that only this host has."""
+        registered = self._host.mirror.state.images
+        here = {image.image_id: image.serial for one in self._host.volumes()
+                for image in one.images().values()}
+        rows = []
+        for status in self._host.status():
+            name = status.image_id
+            row = {'id': name, 'name': status.name, 'serial': status.serial,
+                   'domain': status.domain, 'state': status.state,
+                   'progress': round(status.progress, 4),
+                   'leases': status.leases, 'pinned': status.pinned,
+                   'error': ''}
+            if name not in registered:
+                row |= {'state': 'stale', 'error': 'it was deregistered; '
+                        'it goes when its last guest does'}
+            elif here.get(name, status.serial) != status.serial:
+                row |= {'state': 'stale', 'progress': 0.0, 'error':
+                        f'guests have its serial {here[name]}; the new one '
+                        f'comes when they are gone'}
+            else:
+                self._add_progress(row)
+            rows.append(row)
+        return rows
+
+    def _add_progress(self, row: dict[str, Any]) -> None:
+        """What sync and hydration know of an image."""
+        name = row['id']
+        transfer = self._sync.transfers.get(name)
+        if row['state'] == 'absent':
+            if transfer:
+                done, total = transfer
+                row |= {'state': 'transferring',
+                        'progress': round(done / max(total, done, 1), 4)}
+            elif name in self._sync.errors:
+                row |= {'state': 'error', 'error': self._sync.errors[name]}
+        elif row['state'] != 'complete':
+            row['error'] = self._hydrator.errors.get(name, '')
+        row['error'] = row['error'][:_WORDS]
+
+    def _step(self) -> None:
+        self.worker.pause(_GATHER)
+        images = self.images()
+        report = {
+            'host': self._name, 'at': time.time(), 'software': software(),
+            'version': self._sync.version,
+            'images': [{key: image[key] for key in (
+                'id', 'state', 'progress', 'error', 'serial')}
+                for image in images],
+            'volume_bytes': sum(one.disk_used()
+                                for one in self._host.volumes()),
+            'mirror_bytes': _disk_used(self._host.mirror.path),
+            'free_bytes': self._room.free(),
+        }
+        self.last = report
+        self._told.note(report, sum(image['leases'] for image in images))
+        self._send(report)
+
+
+def _disk_used(directory: pathlib.Path) -> int:
+    total = 0
+    for path, _directories, names in os.walk(directory):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                total += os.stat(os.path.join(path, name)).st_blocks * 512
+    return total

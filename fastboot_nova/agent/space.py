@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Keeping space free: images without guests go, least recently used first."""
+
+import os
+import threading
+from typing import Final
+
+from oslo_log import log as logging
+
+from fastboot_common import exception
+from fastboot_nova import host
+
+LOG = logging.getLogger(__name__)
+
+#: What can wait begins only with so much more than must be free.
+_MARGIN: Final = 1.25
+
+
+class Space:
+    """The file system of a host's volumes.
+
+    :param served: the host.
+    :param min_free: bytes to keep free.
+    :param evicted: told of each image that went.
+    """
+
+    def __init__(self, served: host.Host, min_free: int,
+                 evicted: host.Evicted) -> None:
+        self._host = served
+        self._min_free = min_free
+        self._evicted = evicted
+        self._lock = threading.Lock()
+        self._short = False
+
+    def free(self) -> int:
+        """Bytes that can still be written."""
+        found = os.statvfs(self._host.path)
+        return found.f_bavail * found.f_frsize
+
+    def is_roomy(self, count: int) -> bool:
+        """Whether `count` bytes may come that nobody waits for."""
+        return self.free() - count > self._min_free * _MARGIN
+
+    def keep(self) -> None:
+        """Evict until there is enough free space, or nothing to evict."""
+        with self._lock:
+            wanted = self._min_free - self.free()
+            if wanted > 0:
+                freed = self._host.make_room(wanted, self._evicted)
+                short = freed < wanted
+                if short and not self._short:
+                    LOG.warning(
+                        '%s: %d bytes are to be kept free, %d are, and no '
+                        'image is without guests or pins', self._host.path,
+                        self._min_free, self.free())
+                self._short = short
+
+    def make(self, count: int = 1) -> None:
+        """Free at least `count` bytes, for something that found no room."""
+        with self._lock:
+            self._host.make_room(count, self._evicted)
+
+    def demand(self) -> None:
+        """Have as much free as there must be.
+
+        :raises NoSpace: there is not.
+        """
+        self.keep()
+        if self.free() < self._min_free:
+            raise exception.NoSpace(
+                f'{self._host.path}: only {self.free() >> 20} MiB are free, '
+                f'{self._min_free >> 20} must stay ([agent] min_free)')

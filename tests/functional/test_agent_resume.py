@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A guest that paused because the export was away runs on.
+
+Real QEMU under libvirt's embedded driver, which lives in the process that
+opens it: so all happens in a child.
+"""
+
+import multiprocessing
+import os
+import pathlib
+import shutil
+import tempfile
+import threading
+import time
+import traceback
+from xml.etree import ElementTree
+
+import bootsector
+import numpy as np
+import pytest
+
+from fastboot_common import chain
+from fastboot_nova import host, node
+from fastboot_nova.agent import resume
+
+libvirt = pytest.importorskip('libvirt')
+
+pytestmark = [
+    pytest.mark.skipif(shutil.which('qemu-system-x86_64') is None,
+                       reason='QEMU is not installed'),
+    pytest.mark.skipif(os.geteuid() != 0, reason='libvirt needs root'),
+]
+
+SIZE = 32 << 20
+TEXT = b'read it all\r\n'
+#: Reads 4 KiB of each of 100 blocks that are in no boot set.
+BOOT = bootsector.sector(TEXT, count=100, first=4096, step=256)
+
+
+def wait_for(question, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not question():
+        assert time.monotonic() < deadline, 'it did not come true'
+        time.sleep(0.05)
+
+
+def domain(room, backing, policy="rerror_policy='stop'"):
+    store = ElementTree.tostring(backing, encoding='unicode')
+    return f'''
+        <domain type='qemu'><name>guest</name>
+        <memory unit='MiB'>64</memory><vcpu>1</vcpu>
+        <os><type arch='x86_64' machine='pc'>hvm</type></os>
+        <devices>
+        <disk type='file' device='disk'>
+        <driver name='qemu' type='qcow2' {policy}/>
+        <source file='{room}/disk'/>{store}
+        <target dev='vda' bus='virtio'/></disk>
+        <controller type='usb' model='none'/><memballoon model='none'/>
+        <serial type='file'><source path='{room}/serial'/></serial>
+        </devices></domain>'''
+
+
+def publish(room):
+    from fastboot_common import extents, manifest, publish, repository
+    from fastboot_common.store.local import LocalStore
+
+    raw = room / 'raw'
+    raw.write_bytes(BOOT + np.random.default_rng(1).bytes(
+        SIZE - len(BOOT)))
+    (room / 'repository').mkdir()
+    store = LocalStore(room / 'repository')
+    repository.init(store, 16384)
+    publish.Publisher(repository.Repository(store), room).publish(
+        raw, manifest.Manifest(
+            'image', 'image', SIZE, 16384, '', [],
+            np.empty(0, extents.DTYPE), boot=np.array([0])))
+    return store
+
+
+def scenario(room, told):
+    try:
+        run(pathlib.Path(room))
+        told.put('')
+    except BaseException:
+        told.put(traceback.format_exc())
+
+
+def open_libvirt(room):
+    etc = room / 'root' / 'etc'
+    etc.mkdir(parents=True)
+    (etc / 'qemu.conf').write_text(
+        'stdio_handler = "file"\ncgroup_controllers = []\n'
+        'security_driver = "none"\nuser = "root"\ngroup = "root"\n')
+    libvirt.virEventRegisterDefaultImpl()
+
+    def events():
+        while True:
+            libvirt.virEventRunDefaultImpl()
+
+    threading.Thread(target=events, daemon=True).start()
+    uri = f'qemu:///embed?root={room}/root'
+    return uri, libvirt.open(uri)
+
+
+def run(room):
+    uri, connection = open_libvirt(room)
+    store = publish(room)
+    socket = room / 'nbd.sock'
+    reachable, resumed = [False], []
+    with host.Host(room / 'host', store, socket=socket) as served:
+        served.sync()
+        link = served.acquire('image', 'guest')
+        chain.make_stub(room / 'stub', link)
+        chain.make_disk(room / 'disk', room / 'stub', SIZE)
+
+        def export():
+            return node.Node(served, room, socket=socket, wait=5,
+                             shield_wait=2)
+
+        looker = resume.Resumer(
+            uri, [served.path / 'volumes'], lambda: reachable[0],
+            lambda: resumed.append(1))
+        stranger = resume.Resumer(
+            uri, [room / 'elsewhere'], lambda: True,
+            lambda: resumed.append(2))
+        with export():
+            guest = connection.defineXML(domain(
+                room, chain.backing_store(room / 'stub', link, socket)))
+            guest.createWithFlags(libvirt.VIR_DOMAIN_START_PAUSED)
+        try:
+            guest.resume()
+            wait_for(lambda: guest.state() == [
+                libvirt.VIR_DOMAIN_PAUSED,
+                libvirt.VIR_DOMAIN_PAUSED_IOERROR])
+            # Not without the export, and not a guest of others.
+            looker._step()
+            stranger.look()
+            assert guest.state()[0] == libvirt.VIR_DOMAIN_PAUSED
+            assert not resumed
+            # In vain: it pauses again, and is left alone for a while.
+            looker.look()
+            assert not resumed
+            with export():
+                reachable[0] = True
+                looker.start()
+                wait_for(lambda: TEXT in (room / 'serial').read_bytes())
+                assert resumed == [1]
+                # One that an operator paused stays paused.
+                guest.suspend()
+                time.sleep(0.5)
+                looker.look()
+                assert guest.state()[0] == libvirt.VIR_DOMAIN_PAUSED
+                assert resumed == [1]
+                looker.worker.stop()
+                assert looker.worker.join(time.monotonic() + 20)
+        finally:
+            guest.destroy()
+
+
+def test_a_paused_guest_runs_on():
+    context = multiprocessing.get_context('spawn')
+    told = context.Queue()
+    with tempfile.TemporaryDirectory(prefix='fb') as room:
+        child = context.Process(target=scenario, args=(room, told))
+        child.start()
+        try:
+            words = told.get(timeout=200)
+        finally:
+            # What libvirt's driver left running ends with it.
+            child.join(3)
+            child.kill()
+            child.join()
+    assert not words, words
