@@ -1,43 +1,84 @@
 # SPDX-License-Identifier: Apache-2.0
 # "make demo" and "make test" need nothing but a fresh Debian 12.
-.PHONY: help prepare demo demo-standalone test test-all lint docs bench clean
+.PHONY: help prepare sandbox sandbox-down demo demo-standalone test test-all \
+	test-cloud lint docs bench clean
 
 STATE ?= $(CURDIR)/.state
+SANDBOX = tools/sandbox --state-dir $(STATE)/sandbox
+CLOUD_PYTHON = $(STATE)/sandbox/venv/bin/python
+CLOUD_TESTS = FASTBOOT_SANDBOX=$(STATE)/sandbox $(CLOUD_PYTHON) -m pytest -q
 
 help:
-	@echo 'make demo      build guests, register them, boot them both ways'
-	@echo 'make test      lint, unit and functional tests, one end-to-end'
-	@echo 'make test-all  these and the slow ones'
-	@echo 'make bench     all benchmarks; results in bench/results'
-	@echo 'make docs      documentation in doc/build/html'
-	@echo 'make clean     remove what demo and tests left in .state'
+	@echo 'make demo             the main job, in a real OpenStack'
+	@echo 'make demo-standalone  the main job, without OpenStack'
+	@echo 'make sandbox          a real OpenStack with fastboot, here'
+	@echo 'make sandbox-down     stop it'
+	@echo 'make test             lint, unit and functional tests, one'
+	@echo '                      end-to-end path in the cloud'
+	@echo 'make test-all         these and the slow ones'
+	@echo 'make bench            benchmarks; results in bench/results'
+	@echo 'make docs             documentation in doc/build/html'
+	@echo 'make clean            remove what all that left in .state'
 
 prepare:
 	@tools/prepare
 
-demo demo-standalone:
+sandbox:
+	@tools/prepare sandbox
+	@$(SANDBOX) up
+
+sandbox-down:
+	@$(SANDBOX) down
+
+demo:
+	@tools/prepare test sandbox
+	@$(SANDBOX) up --link-rate 1gbit
+	$(CLOUD_PYTHON) tools/demo --state-dir $(STATE)/sandbox \
+		--guests $(STATE)/demo
+
+demo-standalone:
 	@tools/prepare test
-	.venv/bin/python tools/demo --state-dir $(STATE)/demo
+	.venv/bin/python tools/demo-standalone --state-dir $(STATE)/demo
 
 lint:
 	@tools/prepare
 	.venv/bin/tox -q -e pep8
 
-test:
-	@tools/prepare test
+test: test-cloud
 	.venv/bin/tox -q -e pep8,docs,py3,functional
+
+# What needs Nova's and Glance's code, and one path through the cloud.
+test-cloud:
+	@tools/prepare test sandbox
+	@$(SANDBOX) up
+	$(CLOUD_TESTS) tests/openstack/test_backend.py \
+		tests/functional/test_builder.py
+	$(CLOUD_TESTS) -m smoke tests/openstack
+	@$(SANDBOX) down
 
 test-all: test
 	.venv/bin/tox -q -e slow
+	@$(SANDBOX) up
+	$(CLOUD_TESTS) tests/openstack
+	@$(SANDBOX) down
 
+ifeq ($(SUITE),openstack)
+bench:
+	@tools/prepare test bench sandbox
+	@$(SANDBOX) up --link-rate 1gbit
+	FASTBOOT_SANDBOX=$(STATE)/sandbox $(CLOUD_PYTHON) -m bench \
+		--state-dir $(STATE)/bench --suite openstack
+else
 bench:
 	@tools/prepare test bench
 	.venv/bin/python -m bench --state-dir $(STATE)/bench \
 		$(if $(SUITE),--suite $(SUITE))
+endif
 
 docs:
 	@tools/prepare
 	.venv/bin/tox -q -e docs
 
 clean:
+	@[ ! -d $(STATE)/sandbox ] || $(SANDBOX) down
 	rm -rf $(STATE)

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the tests in the cloud share."""
+
+import contextlib
+import os
+import pathlib
+import signal
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / 'functional'))
+
+import bootsector  # noqa: E402
+
+HOSTS = ('h1', 'h2')
+AGENT = 'fastboot-agent@h1'
+
+
+def tiny_disk(directory, text):
+    """A disk that boots in a second and prints a text; random content."""
+    file = directory / f'tiny-{os.urandom(4).hex()}.raw'
+    sector = bootsector.sector(text, count=50, first=2048, step=64)
+    file.write_bytes(sector + os.urandom((4 << 20) - len(sector)))
+    return file
+
+
+def small_image(user, name, file):
+    """An image that is ready on both hosts."""
+    image = user.upload(name, file)
+    user.wait_built(image, 900)
+    user.wait_on_hosts(image)
+    return image
+
+
+@contextlib.contextmanager
+def agent_down(user):
+    user.sandbox('stop', AGENT)
+    try:
+        yield
+    finally:
+        user.sandbox('start', AGENT)
+
+
+@contextlib.contextmanager
+def agent_hangs(user):
+    (pid,) = user.pids(AGENT)
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+FALLBACKS = {'agent-down': agent_down, 'agent-hangs': agent_hangs}

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Nova's files: the central services', and nova-compute's of each host."""
+
+from cloud.config.ini import (
+    Sections,
+    authtoken,
+    client,
+    login,
+    merged,
+    render,
+)
+from cloud.layout import (
+    NOVA_DIR,
+    PASSWORD,
+    REGION,
+    Layout,
+    Node,
+)
+
+#: Every context in which Nova would call sudo.
+_PRIVSEP = ('nova_sys_admin', 'privsep_osbrick', 'vif_plug_ovs_privileged',
+            'vif_plug_linux_bridge_privileged')
+
+
+def _common(layout: Layout, node: Node) -> Sections:
+    return {
+        'DEFAULT': {
+            'host': node.name,
+            'my_ip': node.address,
+            'transport_url': layout.bus,
+            'concurrency_backend': 'threading',
+            'periodic_fuzzy_delay': 0,
+            'report_interval': 2,
+            'graceful_shutdown_timeout': 4,
+            'manager_shutdown_timeout': 2,
+            'allow_resize_to_same_host': True,
+            'ram_allocation_ratio': 4.0,
+            'cpu_allocation_ratio': 16.0,
+            'heal_instance_info_cache_interval': -1,
+            'vif_plugging_is_fatal': True,
+            'vif_plugging_timeout': 60,
+        },
+        'api': {'auth_strategy': 'keystone'},
+        **authtoken(layout, 'nova'),
+        'service_user': {**login(layout, 'nova'),
+                         'send_service_user_token': True},
+        'placement': client(layout, 'placement'),
+        'neutron': {
+            **client(layout, 'neutron'),
+            'service_metadata_proxy': True,
+            'metadata_proxy_shared_secret': PASSWORD,
+        },
+        'glance': {'region_name': REGION},
+        'vnc': {'enabled': False},
+        'spice': {'enabled': False},
+        'oslo_concurrency': {'lock_path': '/run/nova'},
+    }
+
+
+def central(layout: Layout) -> str:
+    """nova.conf."""
+    return render(merged(_common(layout, layout.control), {
+        'DEFAULT': {'state_path': '/run/nova'},
+        'api_database': {'connection': layout.database('nova_api')},
+        'database': {'connection': layout.database('nova')},
+        'scheduler': {'workers': 1, 'discover_hosts_in_cells_interval': 2},
+        'conductor': {'workers': 1},
+    }))
+
+
+def compute(layout: Layout, node: Node) -> str:
+    """nova-compute.conf of a host; without any database."""
+    file = layout.etc / 'nova' / f'compute-{node.name}.conf'
+    helper = f'{layout.bin("privsep-helper")} --config-file {file}'
+    fastboot: Sections = {
+        'DEFAULT': {'compute_driver': 'fastboot.FastbootLibvirtDriver'},
+        'libvirt': {'disk_cachemodes': 'file=writeback'},
+        'fastboot': {'enabled': True},
+    }
+    return render(merged(_common(layout, node), {
+        'DEFAULT': {
+            'compute_driver': 'libvirt.LibvirtDriver',
+            'state_path': NOVA_DIR,
+        },
+        'libvirt': {
+            'virt_type': 'qemu',
+            'cpu_mode': 'none',
+            'images_type': 'qcow2',
+            'connection_uri': 'qemu:///system',
+            'live_migration_uri':
+                f'qemu+unix:///system?socket={layout.state}/nodes/%s/'
+                'libvirt/libvirt-sock',
+        },
+        **{context: {'helper_command': helper} for context in _PRIVSEP},
+        'os_vif_ovs': {
+            'ovsdb_connection': 'unix:/run/openvswitch/db.sock'},
+        # os-vif makes taps for the kernel datapath only. Here libvirt makes
+        # them, at the end of a migration: no network-vif-plugged comes
+        # while Nova prepares the destination.
+        'compute': {'live_migration_wait_for_vif_plug': False},
+    }, fastboot if layout.options.fastboot else {}))
+
+
+def libvirtd(node: Node) -> str:
+    """libvirtd.conf."""
+    return '\n'.join(['unix_sock_group = "root"', 'auth_unix_rw = "none"',
+                      'auth_unix_ro = "none"', f'host_uuid = "{node.uuid}"',
+                      ''])
+
+
+def qemu(node: Node) -> str:
+    """libvirt's qemu.conf."""
+    return '\n'.join([f'migration_host = "{node.address}"',
+                      'cgroup_controllers = []', ''])
