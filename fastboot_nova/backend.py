@@ -38,6 +38,7 @@ CONF.register_opts(options.OPTS, group=options.GROUP)
 
 SUFFIX: Final = '_sm'
 _RETRY_SECONDS: Final = 0.5
+_BUSY_SECONDS: Final = 0.05
 _NBD_MAGIC: Final = b'NBDMAGIC'
 
 
@@ -49,7 +50,7 @@ def agent() -> client.Agent:
 def export_answers(path: pathlib.Path, seconds: float) -> bool:
     """Whether guests would be served at the export's socket `path`."""
     with socket.socket(socket.AF_UNIX) as line:
-        line.settimeout(max(seconds, 0.05))
+        line.settimeout(seconds)
         try:
             line.connect(os.fspath(path))
             return line.recv(len(_NBD_MAGIC)) == _NBD_MAGIC
@@ -152,9 +153,8 @@ class FastbootQcow2(imagebackend.Qcow2):
         stub = base_directory() / (overlay.base_name(image_id) + SUFFIX)
         try:
             self._check_eligible(kwargs)
-            lease = agent().acquire(image_id, stub)
-            left = CONF.fastboot.timeout - (time.monotonic() - began)
-            self._check_usable(lease, left)
+            lease = self._acquire(image_id, stub)
+            self._check_usable(lease)
             self._write_stub(stub, lease.link)
         except (exception.FastbootError, OSError) as error:
             seconds = time.monotonic() - began
@@ -173,6 +173,24 @@ class FastbootQcow2(imagebackend.Qcow2):
         notice.emit('hit', image_id, self._instance, seconds=seconds,
                     thawed=lease.thawed)
         return stub
+
+    @staticmethod
+    def _acquire(image_id: str, stub: pathlib.Path) -> client.Lease:
+        """A lease; patient where the stock path is no quick way out.
+
+        While a boot set is being thawed, a host that has a stock base is
+        faster with it. One that has none would download the image.
+        """
+        base = base_directory() / overlay.base_name(image_id)
+        deadline = time.monotonic() + (
+            0 if base.exists() else CONF.fastboot.thaw_timeout)
+        while True:
+            try:
+                return agent().acquire(image_id, stub)
+            except exception.Busy:
+                if time.monotonic() >= deadline:
+                    raise
+            time.sleep(_BUSY_SECONDS)
 
     def _check_eligible(self, kwargs: dict[str, Any]) -> None:
         """Leave to Nova what only Nova can do.
@@ -197,7 +215,7 @@ class FastbootQcow2(imagebackend.Qcow2):
                 raise exception.Invalid(words)
 
     @staticmethod
-    def _check_usable(lease: client.Lease, seconds: float) -> None:
+    def _check_usable(lease: client.Lease) -> None:
         """A chain that cannot be opened is no hit.
 
         :raises Unavailable: and why.
@@ -206,7 +224,7 @@ class FastbootQcow2(imagebackend.Qcow2):
         if not os.access(place, os.R_OK):
             raise exception.Unavailable(f'{place} cannot be read')
         if not lease.link.complete and not export_answers(
-                lease.socket, seconds):
+                lease.socket, CONF.fastboot.timeout / 2):
             raise exception.Unavailable(
                 f'the export does not answer at {lease.socket}')
 

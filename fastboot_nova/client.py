@@ -75,6 +75,7 @@ class Agent:
         """Lease an image for as long as a stub exists.
 
         :raises NotFound: the image is not ours, or not on this host yet.
+        :raises Busy: it is being made ready; a repeat may find it so.
         :raises Unavailable: the agent does not answer, or cannot now.
         """
         return Lease.parse(image_id, self._call(
@@ -155,6 +156,8 @@ def _parse(answer: bytes) -> dict[str, Any]:
     words = str(content.get('error', response.reason))[:500]
     if response.status == 404:
         raise exception.NotFound(words)
+    if words.startswith(exception.Busy.__name__):
+        raise exception.Busy(words)
     raise exception.Unavailable(f'{words} ({response.status})')
 
 

@@ -51,6 +51,11 @@ OPTS = [
              'guest whose image is complete needs no network. "never" keeps '
              'guests on the export; "all" takes the space of all images.'),
     cfg.IntOpt(
+        'hydrate_delay', default=300, min=0,
+        help='Seconds after which hydration of an image begins that a guest '
+             'came for. Boots are over by then, and short-lived guests never '
+             'cause it. Images that Nova is told to cache do not wait.'),
+    cfg.IntOpt(
         'hydrate_rate', default=32 << 20, min=0,
         help='Bytes a second (decompressed) that hydration writes at most. '
              '0: no limit.'),

@@ -26,6 +26,12 @@ OPTS = [
         help='Seconds that the start of a new server waits for the agent '
              'before it takes the stock path.'),
     cfg.FloatOpt(
+        'thaw_timeout', default=3.0, min=0,
+        help='Seconds that the start of a new server waits while the agent '
+             'says that it is just thawing the boot set, on a host without '
+             'a stock base of the image: the stock path would download it. '
+             'A host that has one does not wait longer than "timeout".'),
+    cfg.FloatOpt(
         'patience', default=60.0, min=0,
         help='Seconds that a server whose disk already lies on local blocks '
              'waits until they are here: a migration to a host that never '

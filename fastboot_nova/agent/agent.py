@@ -67,7 +67,8 @@ class Agent:
             evicted=self._evicted, changed=self._changed)
         self._hydrator = hydrate.Hydrator(
             served, self._space, told, policy=group.hydrate,
-            rate=group.hydrate_rate, changed=self._changed,
+            rate=group.hydrate_rate, delay=group.hydrate_delay,
+            changed=self._changed,
             busy=lambda: bool(self._guests.coming))
         self._memory = memory.Memory(
             served, group.lock_memory, group.lock_images,

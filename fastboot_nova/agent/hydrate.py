@@ -7,7 +7,7 @@ from typing import Final
 
 from oslo_log import log as logging
 
-from fastboot_common import exception, journal
+from fastboot_common import exception, journal, volume
 from fastboot_common.store import throttle
 from fastboot_nova import host
 from fastboot_nova.agent import metrics, space, worker
@@ -30,18 +30,21 @@ class Hydrator:
     :param told: counters.
     :param policy: ``never``, ``leased`` or ``all``.
     :param rate: bytes a second; 0: any.
+    :param delay: seconds between a guest's coming and the beginning.
     :param busy: whether a guest is just coming.
     :param changed: called when an image's state is another.
     """
 
     def __init__(self, served: host.Host, room: space.Space,
                  told: metrics.Metrics, *, policy: str, rate: int,
+                 delay: float,
                  busy: Callable[[], bool],
                  changed: Callable[[], None]) -> None:
         self._host = served
         self._room = room
         self._told = told
         self._policy = policy
+        self._delay = delay
         self._throttle = throttle.Throttle(rate) if rate else None
         self._busy = busy
         self._changed = changed
@@ -72,9 +75,7 @@ class Hydrator:
             return
         for one in self._host.volumes():
             for image_id in one.images():
-                if (self._is_due(image_id) and not one.is_complete(image_id)
-                        and (self._policy == 'all'
-                             or one.leases(image_id))):
+                if self._is_meant(one, image_id) and self._is_due(image_id):
                     yield image_id
         if self._policy == 'all':
             for image in list(self._host.mirror.state.images.values()):
@@ -82,6 +83,17 @@ class Hydrator:
                         and self._host.mirror.ready(image)
                         and not self._has_slot(image)):
                     yield image.image_id
+
+    def _is_meant(self, one: volume.Volume, image_id: str) -> bool:
+        """Whether the policy wants it whole, sooner or later."""
+        if one.is_complete(image_id):
+            return False
+        if self._policy == 'all':
+            return True
+        if not one.leases(image_id):
+            return False
+        self._not_before.setdefault(image_id, time.monotonic() + self._delay)
+        return True
 
     def _is_due(self, image_id: str) -> bool:
         return time.monotonic() >= self._not_before.get(image_id, 0)

@@ -372,7 +372,8 @@ def test_killed_while_guests_come(agent, world):
     images = [f'image-{number}' for number in range(4)]
     for seed, image in enumerate(images):
         world.publish(image, disk(2000 * 4096, seed, pool=3000), range(900))
-    agent.configure(world.path / 'repo', agent={'hydrate': 'leased'})
+    agent.configure(world.path / 'repo', agent={'hydrate': 'leased',
+                             'hydrate_delay': 0})
     kept = []
     for turn, image in enumerate(images):
         agent.start()
@@ -392,7 +393,8 @@ def test_killed_while_guests_come(agent, world):
         if answers == [200]:
             stub.write_text('')
             kept.append(image)
-    agent.configure(world.path / 'repo', agent={'hydrate': 'leased'})
+    agent.configure(world.path / 'repo', agent={'hydrate': 'leased',
+                             'hydrate_delay': 0})
     agent.start()
     for turn, image in enumerate(images):
         agent.await_state(image, 'ready', 'thawed', 'complete')
@@ -417,7 +419,8 @@ def test_a_full_disk(world):
                            mount]).returncode:
             pytest.skip('nothing can be mounted here')
         agent = Agent(mount / 's', world.path / 'repo',
-                      agent={'hydrate': 'leased'})
+                      agent={'hydrate': 'leased',
+                             'hydrate_delay': 0})
         try:
             for number in range(4):
                 world.publish(f'image-{number}', disk(

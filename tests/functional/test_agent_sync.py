@@ -37,7 +37,7 @@ class Parts:
     """Sync and hydration of a host, as the agent has them."""
 
     def __init__(self, world, source=None, *, times='', rate=0, eager=False,
-                 policy='leased', min_free=0, jitter=0):
+                 policy='leased', min_free=0, jitter=0, delay=0):
         self.source = source or CountingStore(world.path / 'repo')
         self.host = world.host(self.source)
         self.evicted = []
@@ -50,7 +50,7 @@ class Parts:
             evicted=self._evicted, changed=self._changed)
         self.hydrator = hydrate.Hydrator(
             self.host, self.room, self.told, policy=policy, rate=0,
-            busy=lambda: False, changed=self._changed)
+            delay=delay, busy=lambda: False, changed=self._changed)
         self.sent = []
         self.reporter = report.Reporter(
             'host-1', self.host, self.sync, self.hydrator, self.room,
@@ -245,6 +245,16 @@ def complete(world, one, image_id):
     image = journal.Image(image_id, '', here.serial, here.manifest, 0,
                           here.virtual_size)
     return verify(found.path, image, world.data[image_id]) == 0
+
+
+def test_hydration_waits_for_the_boot_to_end(world, parts):
+    """A guest has just come: its image is due later, and then really."""
+    one = parts(delay=1000)
+    one.host.sync()
+    one.host.acquire('image-0', 'guest')
+    assert list(one.hydrator._candidates()) == []
+    one.hydrator._not_before['image-0'] = 0
+    assert list(one.hydrator._candidates()) == ['image-0']
 
 
 def test_hydrates_what_is_leased(world, parts):

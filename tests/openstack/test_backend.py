@@ -250,6 +250,33 @@ def test_every_reason_falls_back(place, notices, spoil, words):
     assert words in reason
 
 
+BUSY = (503, {'error': 'Busy: still being thawed'})
+
+
+def test_a_thaw_is_waited_for_where_stock_would_download(place, notices):
+    place.agent.fails = BUSY
+
+    def done():
+        time.sleep(.5)
+        place.agent.fails = None
+
+    threading.Thread(target=done).start()
+    assert spawn(place, image_of(place)) == []
+    assert [event for event, *_ in notices] == ['hit']
+
+
+def test_a_thaw_is_not_waited_for_for_ever(place, notices):
+    CONF.set_override('thaw_timeout', .3, 'fastboot')
+    place.agent.fails = BUSY
+    assert len(spawn(place, image_of(place))) == 1
+    # Now there is a stock base: one question, no more.
+    CONF.set_override('thaw_timeout', 1000.0, 'fastboot')
+    place.agent.calls.clear()
+    assert spawn(place, image_of(place)) == []
+    assert len(place.agent.calls) == 1
+    assert [event for event, *_ in notices] == ['miss', 'miss']
+
+
 @pytest.mark.parametrize(('server', 'kwargs', 'words'), [
     ({'kernel_id': 'k'}, {}, 'kernel'),
     ({'ramdisk_id': 'r'}, {}, 'ramdisk'),

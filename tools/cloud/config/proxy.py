@@ -16,6 +16,8 @@ defaults
   timeout connect 5s
   timeout client 1h
   timeout server 1h
+  # Count as bytes pass, not when a connection ends.
+  option contstats
 '''
 _LISTEN = '''\
 listen {name}
