@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """A config drive as small as cloud-init accepts it.
 
-It makes a guest behave as a new instance of OpenStack: a new id, a host name
-and no network. It carries no keys and no user's data.
+It makes a guest behave as a new instance of OpenStack: a new id, a host
+name, a key and a network. The key is nobody's, and the network's address
+leads nowhere; a fixed one, as nobody answers DHCP there.
 """
 
+import base64
 import io
 import json
 import pathlib
@@ -13,6 +15,23 @@ from typing import Final
 
 import pycdlib
 
+#: Of the interface that the network is on.
+MAC: Final = 'fa:16:3e:00:00:01'
+#: For documentation (RFC 5737), so that no site has it.
+_NETWORK: Final = {
+    'links': [{'id': 'tap0', 'type': 'ovs', 'mtu': 1500,
+               'ethernet_mac_address': MAC, 'vif_id': 'tap0'}],
+    'networks': [{
+        'id': 'network0', 'type': 'ipv4', 'link': 'tap0',
+        'ip_address': '192.0.2.10', 'netmask': '255.255.255.0',
+        'network_id': 'network0',
+        'routes': [{'network': '0.0.0.0', 'netmask': '0.0.0.0',  # noqa: S104
+                    'gateway': '192.0.2.1'}]}],
+    'services': [{'type': 'dns', 'address': '192.0.2.1'}],
+}
+#: A public key that nobody has a private one for.
+_KEY: Final = 'ssh-ed25519 ' + base64.b64encode(
+    b'\0\0\0\x0bssh-ed25519\0\0\0\x20' + bytes(32)).decode() + ' fastboot'
 _LABEL: Final = 'config-2'
 _USER_DATA: Final = b'#cloud-config\n{}\n'
 
@@ -27,12 +46,11 @@ def build(path: pathlib.Path, hostname: str = 'fastboot',
     meta_data = {
         'uuid': str(uuid.uuid4()), 'name': hostname, 'hostname': hostname,
         'launch_index': 0, 'availability_zone': 'nova',
+        'public_keys': {'fastboot': _KEY},
     }
-    network: dict[str, list[str]] = {
-        'links': [], 'networks': [], 'services': []}
     files = {
         'meta_data.json': json.dumps(meta_data).encode(),
-        'network_data.json': json.dumps(network).encode(),
+        'network_data.json': json.dumps(_NETWORK).encode(),
         'user_data': user_data,
     }
     iso = pycdlib.PyCdlib()

@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, BinaryIO, Final, Self
 
-from fastboot_common import exception
+from fastboot_common import configdrive, exception
 
 SYSTEM: Final = 'qemu-system-x86_64'
 #: The oldest QEMU whose block layer was tried with slots.
@@ -35,6 +35,17 @@ _INFO_MEMORY: Final = 1 << 30
 _INFO_SECONDS: Final = 30
 _CHECK_SECONDS: Final = 600
 _TRANSLATION_MIB: Final = 256
+#: What a server of Nova has besides, and what its kernel and cloud-init
+#: read other files for: a boot without these missed 26 MB of a Debian 12.
+#: The link is up and leads nowhere.
+_NOVA: Final = (
+    '-smbios', 'type=1,manufacturer=OpenStack Foundation,'
+    'product=OpenStack Nova,family=Virtual Machine',
+    '-netdev', 'hubport,id=link,hubid=0',
+    '-device', f'virtio-net-pci,netdev=link,mac={configdrive.MAC},'
+    'host_mtu=1500',
+    '-device', 'virtio-balloon-pci', '-device', 'piix3-usb-uhci',
+)
 _LINE_LIMIT: Final = 64 << 10
 _QUIT_SECONDS: Final = 5.0
 
@@ -189,7 +200,7 @@ class Config:
             'spawn=deny,resourcecontrol=deny',
             '-machine', 'pc', '-cpu', 'max', *self._accelerators(),
             '-m', str(self.memory), '-smp', str(self.vcpus),
-            '-display', 'none', '-vga', 'std', '-nic', 'none',
+            '-display', 'none', '-vga', 'std', *_NOVA,
             '-add-fd', f'fd={serial},set=1',
             '-chardev', 'file,id=serial,path=/dev/fdset/1',
             '-serial', 'chardev:serial',

@@ -17,8 +17,9 @@ import brokers
 from oslo_config import cfg
 
 from fastboot_common import repository
+from fastboot_common.conf import opts
 from fastboot_common.store import local
-from fastboot_glance import builder, images, jobs, logbooks, records
+from fastboot_glance import images, jobs, logbooks, records
 
 ROOT = pathlib.Path(__file__).parents[2]
 LOGIN = b'\r\ntest login: '
@@ -142,9 +143,7 @@ class Centre:
 
     def conf(self, **groups):
         found = cfg.ConfigOpts()
-        for module in builder._GROUPS:
-            found.register_opts(module.OPTS, group=None if module.GROUP ==
-                                'DEFAULT' else module.GROUP)
+        opts.register(found)
         found(['--config-file', str(self.write_conf('test', **groups))])
         return found
 
@@ -194,8 +193,14 @@ class Centre:
             board.close()
 
     def _wait(self, answer, what, seconds):
+        def alive():
+            # Tests kill builders; none of them fails by itself.
+            assert not [one for one in self.builders
+                        if one.process.poll() not in (None, 0, -9)]
+            return answer()
+
         try:
-            return brokers.wait_for(answer, what, seconds)
+            return brokers.wait_for(alive, what, seconds)
         except BaseException:
             for log in sorted(self.path.glob('*.log')):
                 print(f'--- {log.name}\n'

@@ -27,10 +27,11 @@ def test_command_is_confined():
     assert after(command, '-sandbox') == [
         'on,obsolete=deny,elevateprivileges=deny,spawn=deny,'
         'resourcecontrol=deny']
-    assert after(command, '-nic') == ['none']
+    # A link, and nothing behind it.
+    assert after(command, '-netdev') == ['hubport,id=link,hubid=0']
     assert '-nodefaults' in command
     assert '-no-user-config' in command
-    assert not {'-netdev', '-net', '-vnc', '-monitor'} & set(command)
+    assert not {'-net', '-nic', '-vnc', '-monitor'} & set(command)
 
 
 @pytest.mark.parametrize('accelerator, expected', [

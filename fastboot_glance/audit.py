@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The steward: sees to it that what Glance has, the repository gets.
+
+It looks at single images when the listener hears of them, and at all of
+them now and then (the audit), which finds what nobody told. What a
+notification says is never believed: Glance itself is asked. Everything may
+be done twice, and by several builders.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+from oslo_log import log as logging
+
+from fastboot_common import exception
+from fastboot_glance import (
+    eligibility,
+    images,
+    jobs,
+    records,
+    registry,
+)
+
+LOG = logging.getLogger(__name__)
+
+#: Seconds that notifications are gathered for: one upload sends several.
+_GATHER: Final = 0.3
+_WAITING: Final = 10_000
+#: Seconds until an audit that failed is repeated.
+_AGAIN: Final = 30.0
+
+
+class Steward:
+    """Compares images in Glance with the repository. For one thread."""
+
+    def __init__(self, board: jobs.Board, glance: images.Images,
+                 policies: eligibility.Policies, store: records.Records,
+                 register: registry.Registry, removals: int) -> None:
+        """Make one.
+
+        :param removals: how many images one audit deregisters at most.
+        """
+        self._board = board
+        self._glance = glance
+        self._policies = policies
+        self._records = store
+        self._registry = register
+        self._removals = removals
+
+    def look(self, image_id: str) -> None:
+        """Something happened to an image: see what, and follow.
+
+        :raises Unavailable: something is away; the audit comes later.
+        """
+        try:
+            image = self._glance.get(image_id)
+        except exception.NotFound:
+            self._registry.gone(image_id)
+            return
+        if image.status == 'active':
+            self._follow(image)
+
+    def audit(self) -> None:
+        """Compare everything.
+
+        :raises Unavailable: something is away, or Glance's list is not
+            complete; nothing was deregistered.
+        """
+        begun = time.monotonic()
+        # The list of jobs, records and registered images first: what comes
+        # in meanwhile is left to the next audit.
+        known = {build.image_id for build in self._records.builds()}
+        registered = set(self._registry.repository.state().images)
+        waiting = self._board.jobs()
+        found = {image.image_id: image for image in self._glance.list()}
+        for image in found.values():
+            if image.status == 'active':
+                self._one(lambda one: self._follow(one, waiting), image)
+        self._remove(sorted(registered - found.keys()), bool(found))
+        for image_id in known - registered - found.keys():
+            self._one(self._registry.gone, image_id)
+        LOG.info('audit: %d images in Glance, %d registered, %.1f s',
+                 len(found), len(registered), time.monotonic() - begun)
+
+    def _one(self, step: Callable[[Any], None], what: Any) -> None:
+        """Let one bad image not keep the others from being looked at."""
+        try:
+            step(what)
+        except exception.NotFound as error:
+            LOG.info('audit: %s', error)  # gone since the list was made
+        except (exception.Invalid, exception.Corrupt) as error:
+            LOG.error('audit: %s', error)
+
+    def _follow(self, image: images.Image,
+                waiting: Sequence[jobs.Job] | None = None) -> None:
+        """An active image: is it as it should be?
+
+        :param waiting: the jobs on the board, if they are known.
+        """
+        refusal = self._policies.refuse(image)
+        if refusal:
+            self._registry.refuse(image, refusal)
+            return
+        found = self._registry.find(image.image_id)
+        if found:
+            self._registry.settle(image, found)
+            return
+        known = self._records.build(image.image_id)
+        if known and known.state == 'error' and not known.requested:
+            return
+        # Said before a builder can have it, and say more.
+        if not known or known.state not in ('queued', 'building'):
+            self._registry.note(image, 'queued')
+            if 'fastboot_state' not in image.properties:
+                self._registry.tell(image, {'fastboot_state': 'queued'})
+        self._board.post(image.image_id, 'seen active in Glance',
+                         among=waiting)
+
+    def _remove(self, missing: list[str], any_found: bool) -> None:
+        """Deregister images that Glance's complete list does not have."""
+        gone = [image_id for image_id in missing if self._is_gone(image_id)]
+        if len(gone) > self._removals:
+            LOG.error(
+                'audit: %d registered images are not in Glance, which shows '
+                '%s. None is deregistered: does [glance] name the right '
+                'region and a user that sees all images? If so, raise '
+                '[builder] audit_removals.', len(gone),
+                'others' if any_found else 'none at all')
+            return
+        for image_id in gone:
+            self._one(self._registry.gone, image_id)
+
+    def _is_gone(self, image_id: str) -> bool:
+        """Whether Glance had it once, and says itself that it has not."""
+        image = self._registry.find(image_id)
+        try:
+            if image is None or not self._registry.from_glance(image):
+                return False
+            self._glance.get(image_id)
+        except exception.NotFound:
+            return True
+        except exception.Corrupt as error:
+            LOG.error('audit: image %s: %s', image_id, error)
+        return False
+
+
+class Desk:
+    """The steward's thread, and the list of what he is to look at."""
+
+    def __init__(self, make: Callable[[], Steward],
+                 interval: float) -> None:
+        """Make it; :meth:`start` starts it.
+
+        :param make: makes the steward, in its thread.
+        :param interval: seconds between two audits.
+        """
+        self._make = make
+        self._interval = interval
+        self._changed = threading.Condition()
+        self._waiting: set[str] = set()
+        self._stopped = False
+        self._thread = threading.Thread(target=self._run, name='steward',
+                                        daemon=True)
+
+    def start(self) -> None:
+        """Begin, with an audit."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End after what is being looked at. Does not wait."""
+        with self._changed:
+            self._stopped = True
+            self._changed.notify()
+
+    def join(self, seconds: float) -> None:
+        """Wait until it has ended."""
+        self._thread.join(seconds)
+
+    def put(self, image_id: str) -> None:
+        """Have an image looked at soon."""
+        with self._changed:
+            if len(self._waiting) < _WAITING:  # else: the audit
+                self._waiting.add(image_id)
+                self._changed.notify()
+
+    def _run(self) -> None:
+        steward = None
+        due = time.monotonic()
+        while True:
+            wanted = self._take(due)
+            if wanted is None:
+                return
+            try:
+                steward = steward or self._make()
+                for image_id in wanted:
+                    steward.look(image_id)
+                if time.monotonic() >= due:
+                    steward.audit()
+                    due = time.monotonic() + self._interval
+                continue
+            except exception.FastbootError as error:
+                LOG.warning('audit: %s', error)
+            except Exception:
+                LOG.exception('the steward failed; he goes on')
+            # The audit looks at what was left.
+            due = time.monotonic() + min(self._interval, _AGAIN)
+
+    def _take(self, due: float) -> set[str] | None:
+        """What to look at; empty: an audit is due; None: stop."""
+        with self._changed:
+            while not (self._stopped or self._waiting):
+                left = due - time.monotonic()
+                if left <= 0:
+                    break
+                self._changed.wait(left)
+            if self._waiting and not self._stopped:
+                self._changed.wait(_GATHER)
+            wanted, self._waiting = self._waiting, set()
+            return None if self._stopped else wanted

@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The service ``fastboot-builder``: any number of them, anywhere where the
+repository's directory is mounted.
+
+Each runs workers that take jobs from the jobboard, a listener for Glance's
+notifications, a steward that audits, the endpoint that agents report to, and
+now and then upkeep. All of it may be killed at any moment.
+"""
+
+import os
+import pathlib
+import random
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Sequence
+from typing import Any, Final
+
+from oslo_config import cfg
+from oslo_log import log as logging
+from oslo_service import systemd
+
+from fastboot_common import exception, publish, rpc, store, upkeep
+from fastboot_common.conf import opts
+from fastboot_common.repository import Repository
+from fastboot_glance import (
+    audit,
+    centre,
+    endings,
+    herald,
+    images,
+    jobs,
+    logbooks,
+    records,
+    registry,
+    staging,
+    worker,
+)
+from fastboot_glance import eligibility as policies
+from fastboot_glance import listener as notifications
+
+LOG = logging.getLogger(__name__)
+
+#: Seconds that a worker has to give back its job.
+_STOP_SECONDS: Final = 40.0
+#: Seconds to say goodbye to the message bus and the jobboard.
+_CLOSE_SECONDS: Final = 5.0
+
+
+def configure(arguments: Sequence[str]) -> Any:
+    """Read the configuration and set up the log.
+
+    :param arguments: of the command line.
+    """
+    # Not one of our own: oslo.messaging has options that only this one has.
+    conf = opts.register(cfg.CONF)
+    logging.register_options(conf)
+    conf(list(arguments), project='fastboot', prog='fastboot-builder')
+    logging.setup(conf, 'fastboot')
+    return conf
+
+
+class Builder:
+    """All threads of the service."""
+
+    def __init__(self, conf: Any) -> None:
+        """Connect nothing yet.
+
+        :raises ConfigError: the configuration cannot work.
+        :raises NotFound: there is no repository.
+        """
+        self._conf = conf
+        self._state_dir = pathlib.Path(conf.state_dir).absolute()
+        self._workdir = pathlib.Path(
+            conf.builder.workdir or self._state_dir / 'work').absolute()
+        self._stop = threading.Event()
+        endings.load(conf.capture)
+        self._open()
+        self._policies = policies.Policies(conf)
+        self._records = records.Records(
+            conf.database.connection,
+            connection_recycle_time=conf.database.connection_recycle_time,
+            max_pool_size=conf.database.max_pool_size)
+        self._books = logbooks.Logbooks(conf.database.connection)
+        self._glance = images.Images(conf)
+        self._board = jobs.Board(conf)
+        self._herald = herald.Herald(conf)
+        self._desk = audit.Desk(self._steward, conf.builder.audit_interval)
+        self._workers = [worker.Worker(self._tools, conf.builder.poll)
+                         for _ in range(conf.builder.workers)]
+        self._upkeep = threading.Thread(
+            target=self._keep_up, name='upkeep', daemon=True)
+
+    def run(self) -> None:
+        """Work until :meth:`stop` is called."""
+        servers: list[Any] = []
+        threading.Thread(target=self._serve, args=(servers,), name='bus',
+                         daemon=True).start()
+        self._desk.start()
+        self._upkeep.start()
+        for one in self._workers:
+            one.start()
+        systemd.notify()
+        LOG.info('fastboot-builder: %d workers', len(self._workers))
+        # A signal that another thread gets does not wake this one.
+        while not self._stop.wait(1):
+            pass
+        LOG.info('fastboot-builder stops')
+        for one in self._workers:
+            one.stop()
+        self._desk.stop()
+        for one in self._workers:
+            if not one.join(_STOP_SECONDS):
+                LOG.warning('a worker does not stop; its claim runs out')
+        self._desk.join(1)
+        closing = threading.Thread(target=self._close, args=(servers,),
+                                   daemon=True)
+        closing.start()
+        closing.join(_CLOSE_SECONDS)
+
+    def stop(self) -> None:
+        """Have :meth:`run` end."""
+        self._stop.set()
+
+    def _close(self, servers: list[Any]) -> None:
+        for server in servers:
+            server.stop()
+        self._board.close()
+
+    def _serve(self, servers: list[Any]) -> None:
+        """Connect to the message bus, however long it is away."""
+        found = notifications.start(self._conf, self._desk)
+        if found:
+            servers.append(found)
+        servers.append(rpc.serve(
+            rpc.transport(self._conf), rpc.CENTRE, socket.gethostname(),
+            centre.Endpoint(self._records)))
+
+    # What each thread has for itself
+
+    def _open(self) -> Repository:
+        group = self._conf.repository
+        location = group.location or str(self._state_dir / 'repository')
+        try:
+            found = Repository(store.open_store(location))
+        except exception.NotFound:
+            raise exception.NotFound(
+                f'there is no repository at {location}; "fastbootctl repo '
+                f'init" makes one') from None
+        if not hasattr(found.store, 'create'):
+            raise exception.ConfigError(
+                f'[repository] location: {location} can only be read; '
+                f'builders need its directory')
+        return found
+
+    def _registry(self) -> registry.Registry:
+        return registry.Registry(self._open(), self._records, self._glance,
+                                 self._herald)
+
+    def _tools(self) -> worker.Tools:
+        group = self._conf.repository
+        register = self._registry()
+        return worker.Tools(
+            conf=self._conf, board=self._board, books=self._books,
+            glance=self._glance, policies=self._policies, registry=register,
+            publisher=publish.Publisher(
+                register.repository, self._state_dir / 'cache',
+                level=group.compression_level,
+                boot_level=group.boot_compression_level,
+                threads=group.threads or None),
+            workdir=self._workdir)
+
+    def _steward(self) -> audit.Steward:
+        return audit.Steward(
+            self._board, self._glance, self._policies, self._records,
+            self._registry(), self._conf.builder.audit_removals)
+
+    def _keep_up(self) -> None:
+        """Collect garbage, first what builders left that died."""
+        interval = self._conf.builder.upkeep_interval
+        repository: Repository | None = None
+        while True:
+            try:
+                self._sweep()
+                repository = repository or self._open()
+                self._collect(repository)
+            except exception.FastbootError as error:
+                LOG.warning('upkeep: %s', error)
+            except Exception:
+                LOG.exception('upkeep failed; it is tried again later')
+            # Builders that were started together should not all do it at
+            # the same time.
+            if self._stop.wait(interval * random.uniform(0.8, 1.2)):
+                return
+
+    def _sweep(self) -> None:
+        # In this order: a job that comes between has no logbook yet.
+        books = self._books.list()
+        found = self._board.jobs()
+        dead = books - {job.uuid for job in found}
+        for job_id in dead:
+            self._books.remove(job_id)
+        removed = staging.sweep(self._workdir,
+                                {job.image_id for job in found})
+        if dead or removed:
+            LOG.info('upkeep: removed %d logbooks and %d directories of '
+                     'builders that died', len(dead), removed)
+
+    def _collect(self, repository: Repository) -> None:
+        group = self._conf.repository
+        done = upkeep.collect(repository, group.retention_days * 86400,
+                              group.grace_hours * 3600)
+        if done.files:
+            LOG.info('upkeep: removed %d files, %d bytes, from the '
+                     'repository', done.files, done.bytes)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the service.
+
+    :param arguments: of the command line; None: the process's.
+    :returns: the exit status if it cannot start; else it does not return.
+    """
+    try:
+        conf = configure(sys.argv[1:] if arguments is None else arguments)
+        service = Builder(conf)
+    except (exception.FastbootError, cfg.Error) as error:
+        print(f'fastboot-builder: {error}', file=sys.stderr)
+        return 1
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: service.stop())
+    service.run()
+    # Threads that wait for a server that hangs must not keep the process.
+    sys.stderr.flush()
+    os._exit(0)
+
+
+if __name__ == '__main__':
+    sys.exit(main())

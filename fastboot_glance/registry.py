@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Keeps journal, records and Glance's properties of an image in step.
+
+Images that somebody registered by hand, not from Glance, are left alone.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+from typing import Any, Final
+
+from oslo_log import log as logging
+
+from fastboot_common import (
+    exception,
+    extents,
+    journal,
+    manifest,
+    store,
+)
+from fastboot_common.repository import Repository
+from fastboot_glance import eligibility, herald, images, records
+
+LOG = logging.getLogger(__name__)
+
+#: ``origin`` in the manifest's source of images that came from Glance.
+ORIGIN: Final = 'glance'
+_PROPERTIES: Final = ('fastboot_state', 'fastboot_version',
+                      'fastboot_boot_size', 'fastboot_size',
+                      'fastboot_error')
+
+
+class Registry:
+    """The registered images, as one thread of a builder changes them."""
+
+    def __init__(self, repository: Repository, store: records.Records,
+                 glance: images.Images, crier: herald.Herald) -> None:
+        self.repository = repository
+        self._records = store
+        self._glance = glance
+        self._herald = crier
+
+    def find(self, image_id: str) -> journal.Image | None:
+        """The image with this id as it is registered, if it is."""
+        return self.repository.state().images.get(image_id)
+
+    def from_glance(self, image: journal.Image) -> bool:
+        """Whether the image is a copy of one in Glance."""
+        found = self.repository.read_manifest(image.manifest)
+        return found.source.get('origin') == ORIGIN
+
+    def gone(self, image_id: str) -> None:
+        """Glance has no such image any more.
+
+        Believed only if Glance says so itself, now.
+
+        :raises Unavailable: it cannot be asked; nothing was changed.
+        """
+        try:
+            self._glance.get(image_id)
+            return
+        except exception.NotFound:
+            pass
+        self._deregister(image_id, 'it was deleted in Glance')
+        self._records.forget_build(image_id)
+
+    def refuse(self, image: images.Image,
+               refusal: eligibility.Refusal) -> None:
+        """The image is not to be built, or not any more."""
+        self._deregister(image.image_id, refusal.reason)
+        state = 'off' if refusal.off else 'skipped'
+        known = self._records.build(image.image_id)
+        if not known or (known.state, known.error, known.requested) != (
+                state, records.clean(refusal.reason, 1000), 0.0):
+            self.note(image, state, error=refusal.reason)
+        values: dict[str, str | None] = dict.fromkeys(_PROPERTIES)
+        if not refusal.off:
+            values |= {'fastboot_state': 'skipped',
+                       'fastboot_error': refusal.reason}
+        if images.changes(image.properties, values):
+            self.tell(image, values)
+
+    def settle(self, image: images.Image, found: journal.Image) -> None:
+        """The image is registered: bring what is said of it up to date."""
+        known = self._records.build(image.image_id)
+        values: dict[str, str | None] = {
+            'fastboot_state': 'ready', 'fastboot_version': str(found.serial)}
+        noted = (known is not None and known.state == 'ready'
+                 and known.version == found.serial and not known.requested)
+        told = not images.changes(image.properties, values)
+        if (noted and told and _moved(found, image).domain == found.domain) \
+                or not self.from_glance(found):
+            return
+        found = self._move(image, found)
+        boot = self.repository.read_manifest(found.manifest)
+        boot_size = len(boot.boot) * boot.block_size
+        problem = problem_of(boot)
+        self.note(image, 'ready', error=problem, version=found.serial,
+                  boot_size=boot_size)
+        self.tell(image, values | {
+            'fastboot_version': str(found.serial),
+            'fastboot_boot_size': str(boot_size),
+            'fastboot_error': problem or None})
+
+    def note(self, image: images.Image, state: str, **values: Any) -> None:
+        """Write an image's record."""
+        self._records.note_build(image.image_id, state=state,
+                                 owner=image.owner, name=image.name, **values)
+
+    def tell(self, image: images.Image,
+             values: dict[str, str | None]) -> None:
+        """Set properties in Glance, if they are not so already.
+
+        They are for people to read: without them all works as well.
+
+        :raises NotFound: the image was deleted.
+        """
+        try:
+            self._glance.tell(image.image_id, values)
+        except exception.Unavailable as error:
+            LOG.warning('properties of image %s are not set: %s',
+                        image.image_id, error)
+
+    def announce(self, event: str, image_id: str, **payload: Any) -> None:
+        """Tell agents the newest version, and others what happened."""
+        version = self.repository.state().version
+        self._herald.announce(version)
+        self._herald.notify(event, {'image_id': image_id,
+                                    'repository_version': version, **payload})
+
+    def failed(self, image: images.Image, words: str) -> None:
+        """The image cannot be built; nobody tries again unasked."""
+        self.tell(image, {'fastboot_state': 'error',
+                          'fastboot_error': words})
+        self.note(image, 'error', error=words)
+        self._herald.notify('error', {
+            'image_id': image.image_id, 'name': image.name, 'error': words})
+
+    def refresh(self, draft: manifest.Manifest) -> journal.Image:
+        """Give a registered image the boot set and trace of a new capture.
+
+        Its blocks stay where they are, and its serial stays: hosts take
+        over the new manifest, guests notice nothing.
+
+        :raises NotFound: it is not registered any more.
+        """
+        digest, data = '', b''
+
+        def build(state: journal.State) -> dict[str, Any]:
+            nonlocal digest, data
+            current = state.images.get(draft.image_id)
+            if current is None:
+                raise exception.NotFound(
+                    f'image {draft.image_id} is not registered')
+            old = self.repository.read_manifest(current.manifest)
+            boot, _, _ = extents.locate(old.extents, draft.boot)
+            data = dataclasses.replace(
+                old, boot=boot, trace=draft.trace,
+                capture=draft.capture).pack()
+            digest = hashlib.sha256(data).hexdigest()
+            self._keep(digest, data)
+            return {'packs': [], 'manifests': {draft.image_id: {
+                'manifest': digest, 'manifest_size': len(data)}}}
+
+        after = self.repository.append('repack', build)
+        # It may have been there before, as a leftover that gc removed.
+        self._keep(digest, data)
+        return after.images[draft.image_id]
+
+    def _keep(self, digest: str, data: bytes) -> None:
+        target: Any = self.repository.store
+        with contextlib.suppress(exception.Exists):
+            target.create(store.object_name('manifests', digest), data)
+
+    def _deregister(self, image_id: str, reason: str) -> None:
+        found = self.find(image_id)
+        if found is None or not self.from_glance(found):
+            return
+        with contextlib.suppress(exception.NotFound):
+            self.repository.remove(image_id)
+        LOG.info('image %s: deregistered: %s', image_id, reason)
+        self.announce('deregistered', image_id, reason=reason)
+
+    def _move(self, image: images.Image,
+              found: journal.Image) -> journal.Image:
+        """Follow a change of visibility or owner.
+
+        Who may see an image decides which volume it lies in, so it is
+        registered anew: guests keep the old copy, hosts make a new one. Its
+        packs are those that it has.
+        """
+        wanted = _moved(found, image)
+        if wanted.domain == found.domain:
+            return found
+        with contextlib.suppress(exception.NotFound):
+            self.repository.remove(image.image_id)
+
+        def build(state: journal.State) -> dict[str, Any] | None:
+            if image.image_id in state.images:
+                return None
+            lacking = {ref.digest for ref in self.repository.read_manifest(
+                found.manifest).packs} - state.packs.keys()
+            if lacking:
+                raise exception.NotFound(
+                    f'image {image.image_id}: its packs were removed')
+            members = dataclasses.asdict(wanted)
+            del members['serial']
+            return {'image': members, 'packs': []}
+
+        after = self.repository.append('register', build)
+        LOG.info('image %s: now %s, was %s', image.image_id, wanted.domain,
+                 found.domain)
+        self.announce('moved', image.image_id)
+        return after.images[image.image_id]
+
+
+def _moved(found: journal.Image, image: images.Image) -> journal.Image:
+    return dataclasses.replace(found, visibility=image.visibility,
+                               owner=image.owner)
+
+
+def problem_of(found: manifest.Manifest) -> str:
+    """Why an image has no boot set; empty if it has one."""
+    if found.capture.get('state') != 'failed':
+        return ''
+    return f'no boot set: {found.capture.get("reason")}'

@@ -1,0 +1,456 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Builders in a whole centre: real Glance, RabbitMQ, redis, SQL and QEMU."""
+
+import os
+import subprocess
+import sys
+
+import brokers
+import centre_stack
+import pytest
+
+pytest.importorskip('glance')
+pytest.importorskip('taskflow')
+
+from fastboot_common import rpc
+
+
+@pytest.fixture(scope='module')
+def bus(tmp_path_factory):
+    with brokers.rabbitmq(tmp_path_factory.mktemp('rabbit')) as found:
+        yield found
+
+
+@pytest.fixture(scope='module')
+def sql(tmp_path_factory):
+    with brokers.mariadb(tmp_path_factory.mktemp('sql')) as found:
+        yield found
+
+
+@pytest.fixture(scope='module')
+def glance(tmp_path_factory, sql, bus):
+    with brokers.glance(tmp_path_factory.mktemp('glance'), sql, bus.url,
+                        match='false') as found:
+        yield found
+
+
+@pytest.fixture(scope='module')
+def redis(tmp_path_factory):
+    with brokers.redis(tmp_path_factory.mktemp('redis')) as found:
+        yield found
+
+
+@pytest.fixture
+def centre(tmp_path_factory, glance, sql, redis, bus):
+    """A centre with nothing in it; Glance's images are removed after."""
+    # UNIX sockets below it: no long names.
+    path = tmp_path_factory.mktemp('c')
+    found = centre_stack.Centre(
+        path, glance, sql.database(f'fastboot_{path.name}'), redis.url,
+        bus.url)
+    try:
+        yield found
+    finally:
+        found.stop()
+        for image in glance.call('GET', '?limit=500').json()['images']:
+            glance.delete(image['id'])
+
+
+def test_upload_becomes_ready(centre, tmp_path):
+    centre.start()
+    disk = centre_stack.bootable(tmp_path / 'disk')
+    image_id = centre.glance.make('tiny', disk)
+    found = centre.wait_state(image_id, 'ready', 'error')
+    assert (found.state, found.error, found.attempts) == ('ready', '', 1)
+    assert found.version == centre.state.images[image_id].serial
+    shown = centre.glance.show(image_id)
+    assert shown['fastboot_state'] == 'ready'
+    assert shown['fastboot_version'] == str(found.version)
+    assert int(shown['fastboot_boot_size']) == found.boot_size > 0
+    assert int(shown['fastboot_size']) > 0
+    assert 'fastboot_error' not in shown
+    made = centre.manifest(image_id)
+    assert made.capture['state'] == 'booted'
+    assert made.source['origin'] == 'glance'
+    assert made.os_hash['sha512'] == shown['os_hash_value']
+    centre.wait_idle()
+
+
+def test_each_image_gets_its_end(centre, tmp_path):
+    """Built, not built, hostile: users see which and why."""
+    centre.start(capture={'timeout': 10})
+    disk = centre_stack.bootable(tmp_path / 'disk')
+    qcow2 = tmp_path / 'qcow2'
+    subprocess.run(['qemu-img', 'convert', '-O', 'qcow2', disk, qcow2],
+                   check=True, timeout=60)
+    backed = tmp_path / 'backed'
+    subprocess.run(['qemu-img', 'create', '-q', '-f', 'qcow2', '-F', 'raw',
+                    '-b', '/etc/passwd', backed, '1M'], check=True,
+                   timeout=60)
+    cut = tmp_path / 'cut'
+    cut.write_bytes(qcow2.read_bytes()[:70000])
+    silent = tmp_path / 'silent'
+    silent.write_bytes(os.urandom(1 << 20))
+    glance = centre.glance
+    made = {
+        'qcow2': glance.make('qcow2', qcow2, disk_format='qcow2'),
+        'lies': glance.smuggle('lies', qcow2, disk_format='vmdk'),
+        'backed': glance.smuggle('backed', backed, disk_format='qcow2'),
+        'cut': glance.smuggle('cut', cut, disk_format='qcow2'),
+        'off': glance.make('off', disk, fastboot='off'),
+        'typo': glance.make('typo', disk, fastboot='on'),
+        'kernel': glance.make('kernel', disk, kernel_id='x'),
+        'iso': glance.make('iso', disk, disk_format='iso'),
+        'silent': glance.make('silent', silent),
+    }
+    states = {name: centre.wait_state(
+        image_id, 'ready', 'error', 'skipped', 'off')
+        for name, image_id in made.items()}
+    assert {name: one.state for name, one in states.items()} == {
+        'qcow2': 'ready', 'lies': 'error', 'backed': 'error', 'cut': 'error',
+        'off': 'off', 'typo': 'skipped', 'kernel': 'skipped',
+        'iso': 'skipped', 'silent': 'ready'}
+    words = {
+        'lies': 'said to be vmdk, but is qcow2', 'backed': 'backing',
+        'cut': 'end of the file', 'typo': 'fastboot=on', 'kernel': 'kernel',
+        'iso': 'iso', 'silent': 'no boot set'}
+    for name, word in words.items():
+        shown = glance.show(made[name])
+        assert word in shown['fastboot_error'], name
+        assert shown['fastboot_state'] == states[name].state
+    assert 'fastboot_state' not in glance.show(made['off'])
+    # What can never succeed is tried once.
+    assert [states[name].attempts for name in ('lies', 'backed', 'cut')] == [
+        1, 1, 1]
+    assert set(centre.state.images) == {made['qcow2'], made['silent']}
+    centre.wait_idle()
+
+
+def kill(centre, process):
+    """Kill a builder; nothing that it started may stay."""
+    below = centre_stack.descendants(process.process.pid)
+    process.kill()
+    brokers.wait_for(lambda: not centre_stack.alive(below),
+                     f'no orphans of {below}', 20)
+
+
+#: How the first builder is made slow at a stage, and what it runs then.
+STAGES = {
+    'fetching': ({'glance': {'limit_rate': 4 << 20}}, set()),
+    'booting': ({'capture': {'settle_seconds': 60}},
+                {'qemu-system-x86', 'nbdkit'}),
+    'publishing': ({'repository': {'compression_level': 19}}, set()),
+}
+
+
+@pytest.mark.parametrize('stage', STAGES)
+def test_killed_builder_is_replaced(centre, tmp_path, stage):
+    slow, programs = STAGES[stage]
+    first = centre.start('first', **slow)
+    image_id = centre.glance.make('tiny', centre_stack.bootable(
+        tmp_path / 'disk', 128 << 20, fill=64 << 20))
+    centre.wait_stage(image_id, stage)
+    if stage == 'fetching':
+        part = centre.path / 'work' / 'staging' / image_id / 'image.part'
+        brokers.wait_for(lambda: part.exists() and part.stat().st_size
+                         > 4 << 20, 'a part of the image')
+    brokers.wait_for(lambda: programs <= {
+        name for _, _, name in centre_stack.descendants(
+            first.process.pid)}, f'{programs} run')
+    kill(centre, first)
+    assert image_id not in centre.state.images
+    # A second boot would fail: the trace must be the first builder's.
+    boot = {'timeout': 1, 'console_pattern': 'never'} \
+        if stage == 'publishing' else {}
+    centre.start('second', capture=boot)
+    found = centre.wait_state(image_id, 'ready', 'error')
+    assert (found.state, found.error, found.attempts) == ('ready', '', 2)
+    assert centre.manifest(image_id).capture['state'] == 'booted'
+    assert ('goes on at byte' in centre.log('second')) == (
+        stage == 'fetching')
+    centre.wait_idle()
+    left = {path.name for path in (centre.path / 'work').iterdir()}
+    assert left <= {'staging'}
+
+
+def test_an_image_that_kills_builders_is_given_up(centre, tmp_path):
+    image_id = None
+    for number in range(2):
+        one = centre.start(f'victim{number}', builder={'attempts': 2},
+                           capture={'settle_seconds': 60})
+        image_id = image_id or centre.glance.make(
+            'deadly', centre_stack.bootable(tmp_path / 'disk'))
+        brokers.wait_for(
+            lambda: (found := centre.records.build(image_id))
+            and found.stage == 'booting' and found.attempts == number + 1,
+            f'attempt {number + 1}')
+        kill(centre, one)
+    centre.start(builder={'attempts': 2})
+    found = centre.wait_state(image_id, 'ready', 'error')
+    assert found.state == 'error'
+    assert 'builders died' in found.error
+    assert 'builders died' in centre.glance.show(image_id)['fastboot_error']
+    centre.wait_idle()
+
+
+@pytest.mark.parametrize('group', [False, True])
+def test_stopped_builder_gives_its_job_back(centre, tmp_path, group):
+    """Whether its guests get the signal, too, or not."""
+    first = centre.start('first', capture={'settle_seconds': 60})
+    image_id = centre.glance.make(
+        'tiny', centre_stack.bootable(tmp_path / 'disk'))
+    centre.wait_stage(image_id, 'booting')
+    below = centre_stack.descendants(first.process.pid)
+    first.stop(group=group)
+    assert first.process.returncode == 0
+    assert not centre_stack.alive(below)
+    assert centre.records.build(image_id).state == 'queued'
+    centre.start('second', jobboard={'claim_seconds': 600})
+    found = centre.wait_state(image_id, 'ready', 'error')
+    assert (found.state, found.attempts) == ('ready', 1)
+
+
+def test_deleted_images_are_deregistered(centre, tmp_path):
+    """Told by a notification, found by the audit, and during the build."""
+    one = centre.start('one')
+    disk = centre_stack.bootable(tmp_path / 'disk')
+    told, found, by_hand = (
+        centre.glance.make(name, disk) for name in ('told', 'found', 'hand'))
+    for image_id in (told, found, by_hand):
+        centre.wait_state(image_id, 'ready')
+    centre.glance.delete(told)
+    brokers.wait_for(lambda: told not in centre.state.images, 'deregistered')
+    brokers.wait_for(lambda: centre.records.build(told) is None, 'forgotten')
+    one.stop()
+    centre.glance.delete(found)
+    centre.start('two', listener={'topics': ''})
+    brokers.wait_for(lambda: found not in centre.state.images, 'audited')
+    assert by_hand in centre.state.images
+
+
+def test_deleted_while_it_is_built(centre, tmp_path):
+    centre.start(capture={'settle_seconds': 4})
+    image_id = centre.glance.make(
+        'tiny', centre_stack.bootable(tmp_path / 'disk'))
+    centre.wait_stage(image_id, 'booting')
+    centre.glance.delete(image_id)
+    centre.wait_idle()
+    assert image_id not in centre.state.images
+    assert centre.records.build(image_id) is None
+
+
+def test_audit_finds_what_nobody_told(centre, tmp_path):
+    disk = centre_stack.bootable(tmp_path / 'disk')
+    before = centre.glance.make('before', disk)
+    centre.start(listener={'topics': ''}, builder={'audit_interval': 1})
+    centre.wait_state(before, 'ready')
+    after = centre.glance.make('after', disk)
+    centre.wait_state(after, 'ready')
+    centre.glance.patch(after, {
+        'op': 'add', 'path': '/fastboot', 'value': 'off'})
+    centre.wait_state(after, 'off')
+    assert set(centre.state.images) == {before}
+
+
+def test_many_missing_images_are_not_believed(centre, tmp_path):
+    one = centre.start('one')
+    disk = centre_stack.bootable(tmp_path / 'disk')
+    made = [centre.glance.make(f'tiny{number}', disk) for number in range(3)]
+    for image_id in made:
+        centre.wait_state(image_id, 'ready')
+    one.stop()
+    for image_id in made:
+        centre.glance.delete(image_id)
+    two = centre.start('two', listener={'topics': ''},
+                       builder={'audit_removals': 2})
+    brokers.wait_for(lambda: 'None is deregistered' in centre.log('two'),
+                     'the audit')
+    two.stop()
+    assert set(centre.state.images) == set(made)
+    centre.start('three', listener={'topics': ''})
+    brokers.wait_for(lambda: not centre.state.images, 'audited')
+
+
+def test_images_that_others_registered_are_left_alone(centre, tmp_path):
+    disk = centre_stack.bootable(tmp_path / 'disk')
+    subprocess.run(
+        [sys.executable, '-c', 'from fastboot_common.cli.main import main; '
+         'raise SystemExit(main())', '--config-file', centre.write_conf(),
+         'image', 'add', '--no-boot', '--id', 'by-hand',
+         disk], check=True, timeout=60, cwd=centre_stack.ROOT,
+        capture_output=True)
+    centre.start()
+    brokers.wait_for(lambda: 'audit: 0 images in Glance, 1 registered'
+                     in centre.log(), 'the audit')
+    assert set(centre.state.images) == {'by-hand'}
+
+
+def test_visibility_decides_the_volume(centre, tmp_path):
+    centre.start()
+    image_id = centre.glance.make(
+        'tiny', centre_stack.bootable(tmp_path / 'disk'))
+    centre.wait_state(image_id, 'ready')
+    before = centre.state.images[image_id]
+    assert before.domain == 'public'
+    centre.glance.patch(image_id, {
+        'op': 'replace', 'path': '/visibility', 'value': 'private'})
+    brokers.wait_for(lambda: (now := centre.state.images.get(image_id))
+                     and now.domain != 'public', 'moved')
+    after = centre.state.images[image_id]
+    assert (after.visibility, after.manifest) == ('private', before.manifest)
+    brokers.wait_for(lambda: centre.glance.show(image_id)[
+        'fastboot_version'] == str(after.serial), 'told')
+
+
+def test_refresh_keeps_the_serial(centre, tmp_path):
+    centre.start()
+    image_id = centre.glance.make(
+        'tiny', centre_stack.bootable(tmp_path / 'disk'))
+    centre.wait_state(image_id, 'ready')
+    before, old = centre.state.images[image_id], centre.manifest(image_id)
+    assert centre.board.post(image_id, 'test', force=True)
+    brokers.wait_for(lambda: centre.state.images[image_id].manifest
+                     != before.manifest, 'a new manifest')
+    new = centre.manifest(image_id)
+    assert centre.state.images[image_id].serial == before.serial
+    assert (new.root, new.packs) == (old.root, old.packs)
+    assert set(new.boot) == set(old.boot)
+    centre.wait_idle()
+    centre.wait_state(image_id, 'ready')
+
+
+def test_twenty_images_and_a_killed_builder(centre, tmp_path):
+    """Every image ends ready, none twice, and nothing is left."""
+    first = centre.start('first')
+    centre.start('second', builder={'workers': 2})
+    disk = tmp_path / 'disk'
+    made = []
+    for number in range(20):
+        centre_stack.bootable(disk, seed=str(number).encode())
+        made.append(centre.glance.make(f'tiny{number}', disk))
+    brokers.wait_for(lambda: len(centre.state.images) >= 5, 'five images')
+    brokers.wait_for(lambda: 'qemu-system-x86' in {
+        name for _, _, name in centre_stack.descendants(
+            first.process.pid)}, 'a boot')
+    kill(centre, first)
+    for image_id in made:
+        found = centre.wait_state(image_id, 'ready', 'error', seconds=120)
+        assert (found.state, found.error) == ('ready', '')
+    # Serials are journal entries: twenty, if none was built twice.
+    state = centre.state
+    assert set(state.images) == set(made)
+    assert state.version == 20
+    centre.wait_idle()
+    scratch = list((centre.path / 'repository' / 'tmp').glob('*'))
+    assert len(scratch) <= 2
+
+
+class Agent:
+    """What agents hear."""
+
+    def __init__(self):
+        self.versions = []
+
+    @rpc.oslo_messaging.expose
+    def announce(self, context, version):
+        self.versions.append(version)
+
+
+class Notes:
+    """What listeners of our notifications hear."""
+
+    def __init__(self):
+        self.events = []
+
+    def info(self, context, publisher, event, payload, metadata):
+        self.events.append((event, payload))
+
+    error = info
+
+
+def test_what_builders_say_and_hear(centre, tmp_path):
+    """Announcements, notifications, and the reports of agents."""
+    conf = centre.conf()
+    messaging = rpc.oslo_messaging
+    agent, notes = Agent(), Notes()
+    bus = rpc.transport(conf)
+    topic = centre.namespace
+    servers = [
+        rpc.serve(bus, rpc.AGENTS, 'h1', agent),
+        messaging.get_notification_listener(
+            messaging.get_notification_transport(conf),
+            [messaging.Target(topic=topic)], [notes], executor='threading')]
+    servers[1].start()
+    try:
+        centre.start(oslo_messaging_notifications={
+            'driver': 'messagingv2', 'topics': topic})
+        image_id = centre.glance.make(
+            'tiny', centre_stack.bootable(tmp_path / 'disk'))
+        version = centre.wait_state(image_id, 'ready').version
+        brokers.wait_for(lambda: version in agent.versions, 'announced')
+        brokers.wait_for(lambda: [
+            payload['version'] for event, payload in notes.events
+            if (event, payload['image_id']) == (
+                'fastboot.image.ready', image_id)] == [version], 'notified')
+        rpc.Centre(bus).report({
+            'host': 'h1', 'version': version, 'at': 1.0, 'software': 'test',
+            'images': [], 'volume_bytes': 1, 'mirror_bytes': 2,
+            'free_bytes': 3})
+        brokers.wait_for(lambda: centre.records.host('h1'), 'the report')
+    finally:
+        for server in servers:
+            server.stop()
+            server.wait()
+
+
+def test_builder_outlives_its_neighbours(centre, redis, tmp_path):
+    """Redis hangs for longer than a claim lasts: the build begins again."""
+    centre.start(capture={'settle_seconds': 8})
+    image_id = centre.glance.make(
+        'tiny', centre_stack.bootable(tmp_path / 'disk'))
+    centre.wait_stage(image_id, 'booting')
+    redis.freeze()
+    try:
+        brokers.wait_for(lambda: 'is lost' in centre.log(), 'a lost claim')
+    finally:
+        redis.thaw()
+    found = centre.wait_state(image_id, 'ready', 'error')
+    assert found.state == 'ready'
+    assert centre.state.version == 1
+    centre.wait_idle()
+
+
+@pytest.mark.parametrize('who', ['bus', 'redis', 'glance', 'sql'])
+def test_stops_while_a_neighbour_hangs(centre, redis, bus, sql, tmp_path,
+                                       who):
+    neighbour = {'bus': bus, 'redis': redis, 'sql': sql,
+                 'glance': centre.glance.process}[who]
+    one = centre.start(capture={'settle_seconds': 60})
+    image_id = centre.glance.make(
+        'tiny', centre_stack.bootable(tmp_path / 'disk'))
+    centre.wait_stage(image_id, 'booting')
+    below = centre_stack.descendants(one.process.pid)
+    neighbour.freeze()
+    try:
+        one.stop(group=False, seconds=100)
+        assert one.process.returncode == 0
+    finally:
+        neighbour.thaw()
+    assert not centre_stack.alive(below)
+
+
+@pytest.mark.parametrize('name', ['etcd', 'zookeeper'])
+def test_other_jobboards(centre, tmp_path_factory, tmp_path, name):
+    """A builder is killed while it boots, the next one finishes."""
+    with getattr(brokers, name)(tmp_path_factory.mktemp(name)) as server:
+        centre.board_url = server.url
+        first = centre.start('first', capture={'settle_seconds': 60})
+        image_id = centre.glance.make(
+            'tiny', centre_stack.bootable(tmp_path / 'disk'))
+        centre.wait_stage(image_id, 'booting')
+        kill(centre, first)
+        centre.start('second')
+        found = centre.wait_state(image_id, 'ready', 'error')
+        assert (found.state, found.attempts) == ('ready', 2)
+        centre.wait_idle()
+        centre.stop()
