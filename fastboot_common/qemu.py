@@ -219,7 +219,7 @@ class Config:
             drive = {**file_disk(self.config_drive, 'raw'),
                      'node-name': 'config', 'read-only': True}
             command += ['-blockdev', json.dumps(drive),
-                        '-device', 'ide-cd,drive=config']
+                        '-device', 'virtio-blk-pci,drive=config']
         return command
 
     def devices(self) -> str:

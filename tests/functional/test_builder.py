@@ -193,6 +193,7 @@ def test_an_image_that_kills_builders_is_given_up(centre, tmp_path):
     centre.wait_idle()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('group', [False, True])
 def test_stopped_builder_gives_its_job_back(centre, tmp_path, group):
     """Whether its guests get the signal, too, or not."""
@@ -252,6 +253,7 @@ def test_audit_finds_what_nobody_told(centre, tmp_path):
     assert set(centre.state.images) == {before}
 
 
+@pytest.mark.slow
 def test_many_missing_images_are_not_believed(centre, tmp_path):
     one = centre.start('one')
     disk = centre_stack.bootable(tmp_path / 'disk')
@@ -319,6 +321,7 @@ def test_refresh_keeps_the_serial(centre, tmp_path):
     centre.wait_state(image_id, 'ready')
 
 
+@pytest.mark.slow
 def test_twenty_images_and_a_killed_builder(centre, tmp_path):
     """Every image ends ready, none twice, and nothing is left."""
     first = centre.start('first')
@@ -403,6 +406,7 @@ def test_what_builders_say_and_hear(centre, tmp_path):
             server.wait()
 
 
+@pytest.mark.slow
 def test_builder_outlives_its_neighbours(centre, redis, tmp_path):
     """Redis hangs for longer than a claim lasts: the build begins again."""
     centre.start(capture={'settle_seconds': 8})
@@ -420,6 +424,7 @@ def test_builder_outlives_its_neighbours(centre, redis, tmp_path):
     centre.wait_idle()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('who', ['bus', 'redis', 'glance', 'sql'])
 def test_stops_while_a_neighbour_hangs(centre, redis, bus, sql, tmp_path,
                                        who):
@@ -439,6 +444,7 @@ def test_stops_while_a_neighbour_hangs(centre, redis, bus, sql, tmp_path,
     assert not centre_stack.alive(below)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['etcd', 'zookeeper'])
 def test_other_jobboards(centre, tmp_path_factory, tmp_path, name):
     """A builder is killed while it boots, the next one finishes."""
