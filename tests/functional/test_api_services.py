@@ -19,6 +19,9 @@ from disks import BLOCK, disk, make_repository, put
 
 from fastboot_glance import centre, jobs, records
 
+pytest.importorskip('keystone')
+pytest.importorskip('openstackclient')
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 ONE = '11111111-1111-4111-8111-111111111111'
 NEW = '33333333-3333-4333-8333-333333333333'

@@ -70,8 +70,8 @@ def test_command_config_drive():
     command = arguments(config_drive='config.iso')
     _, drive = map(json.loads, after(command, '-blockdev'))
     assert drive['read-only'] is True
-    assert 'ide-cd,drive=config' in command
-    assert 'ide-cd,drive=config' not in arguments()
+    assert 'virtio-blk-pci,drive=config' in command
+    assert 'virtio-blk-pci,drive=config' not in arguments()
 
 
 def test_devices_name_the_version():
