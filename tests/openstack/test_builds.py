@@ -14,7 +14,7 @@ pytestmark = pytest.mark.timeout(1800)
 @pytest.mark.parametrize('disk_format', ['raw', 'qcow2', 'vmdk', 'vdi',
                                          'vhdx'])
 def test_formats(user, clean, disk_format):
-    raw = tiny_disk(clean.directory, b'login: x\r\n')
+    raw = tiny_disk(clean.directory, b'x login: ')
     file = clean.directory / f'disk.{disk_format}'
     if disk_format != 'raw':
         options = ['-o', 'subformat=streamOptimized'] \
@@ -52,7 +52,7 @@ def test_a_hostile_image_ends_in_an_error_that_says_why(user, clean):
 
 
 def test_private_images_have_a_volume_of_their_project(user, clean):
-    disk = tiny_disk(clean.directory, b'login: private\r\n')
+    disk = tiny_disk(clean.directory, b'private login: ')
     image = user.ask('image', 'create', '--disk-format', 'raw', '--private',
                      '--container-format', 'bare', '--file', disk,
                      'private')['id']
@@ -70,7 +70,7 @@ def test_private_images_have_a_volume_of_their_project(user, clean):
 
 
 def test_deleted_while_it_is_built(user, clean):
-    disk = tiny_disk(clean.directory, b'login: gone\r\n')
+    disk = tiny_disk(clean.directory, b'gone login: ')
     image = user.upload('gone', disk, disk_format='raw')
     user.cloud.image.delete_image(image)
     user.wait(lambda: image not in str(user.ask(
@@ -80,7 +80,7 @@ def test_deleted_while_it_is_built(user, clean):
 def test_a_builder_dies_and_another_goes_on(user, clean):
     images = []
     for number in range(3):
-        disk = tiny_disk(clean.directory, b'login: %d\r\n' % number)
+        disk = tiny_disk(clean.directory, b'%d login: ' % number)
         images.append(clean.image(user.upload(f'crowd-{number}', disk,
                                               disk_format='raw')))
     user.wait(lambda: any(
@@ -94,7 +94,7 @@ def test_a_builder_dies_and_another_goes_on(user, clean):
 
 
 def test_what_the_broker_lost_the_audit_finds(user, clean):
-    disk = tiny_disk(clean.directory, b'login: lost\r\n')
+    disk = tiny_disk(clean.directory, b'lost login: ')
     user.sandbox('stop', 'rabbitmq')
     try:
         # A plain upload: the import plugin does not see it.
@@ -106,7 +106,7 @@ def test_what_the_broker_lost_the_audit_finds(user, clean):
 
 def test_redis_is_away(user, clean):
     """An import works without the jobboard, and its image is built later."""
-    disk = tiny_disk(clean.directory, b'login: redis\r\n')
+    disk = tiny_disk(clean.directory, b'redis login: ')
     user.sandbox('stop', 'redis')
     try:
         image = clean.image(user.upload('redis', disk, how='import',

@@ -114,7 +114,7 @@ def test_fallbacks(user, image, clean, reason):
 
 
 def test_an_image_that_is_not_ours(user, clean):
-    disk = tiny_disk(clean.directory, b'login: never\r\n')
+    disk = tiny_disk(clean.directory, b'never login: ')
     image = clean.image(user.upload('off', disk, disk_format='raw',
                                     fastboot='off'))
     found = clean.boot(user.boot('off', image, 'h1', prompt='login:'))
