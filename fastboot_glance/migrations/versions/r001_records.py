@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Builds and hosts."""
 
+from typing import Any
+
 import sqlalchemy as sa
 from alembic import op
 from sqlalchemy.dialects import mysql
@@ -8,7 +10,7 @@ from sqlalchemy.dialects import mysql
 revision = 'r001'
 down_revision = None
 
-_OPTIONS = {
+_OPTIONS: Any = {
     'mysql_engine': 'InnoDB', 'mysql_charset': 'utf8mb4',
     'mysql_collate': 'utf8mb4_bin',
 }
