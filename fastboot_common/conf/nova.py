@@ -22,7 +22,7 @@ OPTS = [
              'yet. It must be the same on all hosts between which servers '
              'migrate.'),
     cfg.FloatOpt(
-        'timeout', default=1.0, min=0.05, max=30,
+        'timeout', default=0.95, min=0.05, max=30,
         help='Seconds that the start of a new server waits for the agent '
              'before it takes the stock path.'),
     cfg.FloatOpt(
