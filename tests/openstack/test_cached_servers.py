@@ -57,8 +57,13 @@ def test_upload_to_prompt(user, guest, clean):
     user.cloud.image.delete_image(image)
     user.wait(lambda: 'deregister' in journal(user, image), 120,
               'the image to be deregistered')
-    # A guest keeps what it needs.
-    assert user.agent_state('h2', image) in ('thawed', 'complete')
+    # A guest keeps what it needs, also when the host has heard of it.
+    user.wait(lambda: user.agent_state('h2', image) == 'stale', 120,
+              'the host to hear of it')
+    volumes = user.layout.home(user.layout.hosts[1]) / 'fastboot/host/volumes'
+    assert list(volumes.glob(f'*/images/{image}'))
+    assert user.cloud.compute.get_server(
+        found.server.id).status == 'ACTIVE'
 
 
 def journal(user, image):
