@@ -18,7 +18,12 @@ from fastboot_glance import jobs
 SECONDS = 6
 
 
-@pytest.fixture(scope='module', params=['redis', 'etcd', 'zookeeper'])
+#: The default gates; the others take minutes.
+KINDS = ['redis', pytest.param('etcd', marks=pytest.mark.slow),
+         pytest.param('zookeeper', marks=pytest.mark.slow)]
+
+
+@pytest.fixture(scope='module', params=KINDS)
 def server(request, tmp_path_factory):
     with getattr(brokers, request.param)(
             tmp_path_factory.mktemp(request.param)) as found:
