@@ -13,14 +13,11 @@ import pathlib
 from typing import Final
 from xml.etree import ElementTree
 
-from fastboot_common import exception, files, qemu
+from fastboot_common import exception, files, qemu, sockets
 
 #: The file of a volume, and the directory of its complete names beside it.
 VOLUME: Final = 'volume'
 COMPLETE: Final = 'complete'
-
-#: sockaddr_un's path, with its end.
-_SOCKET_LIMIT: Final = 107
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,10 +55,10 @@ def nbd(image_id: str, socket: pathlib.Path) -> str:
 
     :raises Invalid: the socket's path is too long for a socket.
     """
-    if len(str(socket)) > _SOCKET_LIMIT:
+    if len(str(socket)) > sockets.PATH_LIMIT:
         raise exception.Invalid(
             f'{socket}: {len(str(socket))} characters, a socket may have '
-            f'{_SOCKET_LIMIT}; use a shorter state directory')
+            f'{sockets.PATH_LIMIT}; use a shorter state directory')
     return f'nbd+unix:///{image_id}?socket={socket}'
 
 

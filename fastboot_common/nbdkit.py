@@ -35,8 +35,8 @@ _STOP_SECONDS: Final = 5.0
 #: What is kept of stderr: the last lines, each cut to so many bytes.
 _LINES: Final = 100
 _LINE_LIMIT: Final = 1000
-#: Bytes that an NBD server says first.
-_GREETING: Final = 18
+#: What an NBD server says first.
+_GREETING: Final = b'NBDMAGIC'
 #: Sockets come into being with mode 0660.
 UMASK: Final = 0o117
 
@@ -50,8 +50,8 @@ def greet(path: pathlib.Path, seconds: float = 1) -> None:
     with socket.socket(socket.AF_UNIX) as probe:
         probe.settimeout(seconds)
         probe.connect(os.fspath(path))
-        if not probe.recv(_GREETING):
-            raise ConnectionResetError(f'{path} hung up')
+        if probe.recv(len(_GREETING)) != _GREETING:
+            raise ConnectionResetError(f'{path} is no NBD server, or hung up')
 
 
 @functools.cache

@@ -14,7 +14,6 @@ import dataclasses
 import errno
 import os
 import pathlib
-import socket
 import time
 from typing import Any, Final
 from xml.etree import ElementTree
@@ -28,7 +27,7 @@ from nova.virt.libvirt import imagebackend
 from oslo_log import log as logging
 from oslo_utils import fileutils
 
-from fastboot_common import chain, exception, overlay
+from fastboot_common import chain, exception, nbdkit, overlay
 from fastboot_common.conf import nova as options
 from fastboot_nova import client, notice
 
@@ -39,7 +38,6 @@ CONF.register_opts(options.OPTS, group=options.GROUP)
 SUFFIX: Final = '_sm'
 _RETRY_SECONDS: Final = 0.5
 _BUSY_SECONDS: Final = 0.05
-_NBD_MAGIC: Final = b'NBDMAGIC'
 
 
 def agent() -> client.Agent:
@@ -49,14 +47,12 @@ def agent() -> client.Agent:
 
 def export_answers(path: pathlib.Path, seconds: float) -> bool:
     """Whether guests would be served at the export's socket `path`."""
-    with socket.socket(socket.AF_UNIX) as line:
-        line.settimeout(seconds)
-        try:
-            line.connect(os.fspath(path))
-            return line.recv(len(_NBD_MAGIC)) == _NBD_MAGIC
-        except OSError as error:
-            LOG.debug('The export %s does not answer: %s', path, error)
-            return False
+    try:
+        nbdkit.greet(path, seconds)
+    except OSError as error:
+        LOG.debug('The export %s does not answer: %s', path, error)
+        return False
+    return True
 
 
 def stub_of(disk: str) -> pathlib.Path | None:
