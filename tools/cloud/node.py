@@ -88,7 +88,7 @@ def setup_script(layout: Layout, node: Node) -> str:
         ['mount', '-t', 'sysfs', 'sysfs', '/sys'],
         ['mount', '-t', 'tmpfs', '-o', 'mode=755', 'tmpfs', '/run'],
         ['mkdir', '-p', '/run/netns', '/run/libvirt', '/run/openvswitch',
-         '/run/lock'],
+         '/run/lock', '/run/sshd'],
         *(['mount', '--bind', str(source), target]
           for source, target in _binds(layout, node).items()),
         ['mount', '-t', 'tmpfs', '-o', 'mode=755', 'tmpfs', str(dev)],

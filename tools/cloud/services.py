@@ -244,7 +244,7 @@ def _host(layout: Layout, node: Node, rest: Rest) -> list[Service]:
     proxy, compute = etc / f'proxy/{name}.cfg', \
         etc / f'nova/compute-{name}.conf'
     agents = etc / f'neutron/agents-{name}.conf'
-    libvirt = home / 'libvirt-etc'
+    libvirt, ssh = home / 'libvirt-etc', etc / f'ssh/{name}.conf'
     driver = (f'fastboot-agent@{name}',) if layout.options.fastboot else ()
     return [
         Service(f'proxy@{name}', name, ('haproxy', '-db', '-f', str(proxy)),
@@ -256,6 +256,9 @@ def _host(layout: Layout, node: Node, rest: Rest) -> list[Service]:
                 listens(home / 'libvirt/libvirt-sock'),
                 (f'virtlogd@{name}',),
                 files=(libvirt / 'libvirtd.conf', libvirt / 'qemu.conf')),
+        Service(f'sshd@{name}', name,
+                ('/usr/sbin/sshd', '-D', '-e', '-f', str(ssh)), lives(.3),
+                ('network',), files=(ssh,)),
         Service(f'ovsdb@{name}', name,
                 ('ovsdb-server', '/run/openvswitch/conf.db',
                  '--remote=punix:/run/openvswitch/db.sock',
@@ -276,8 +279,8 @@ def _host(layout: Layout, node: Node, rest: Rest) -> list[Service]:
                 (layout.bin('nova-compute'), '--config-file', str(compute)),
                 compute_beats(rest, name),
                 (f'libvirtd@{name}', f'proxy@{name}', f'bridge@{name}',
-                 'nova-conductor', 'placement', *driver), files=(compute,),
-                patience=20, code=True),
+                 f'sshd@{name}', 'nova-conductor', 'placement', *driver),
+                files=(compute,), patience=20, code=True),
     ]
 
 

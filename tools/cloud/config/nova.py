@@ -108,6 +108,15 @@ def libvirtd(node: Node) -> str:
                       ''])
 
 
+def sshd(layout: Layout, node: Node) -> str:
+    """sshd_config: a host lets the others copy disks to it."""
+    return '\n'.join([
+        f'ListenAddress {node.address}', f'HostKey {layout.key}',
+        f'AuthorizedKeysFile {layout.key}.pub', 'PidFile none',
+        'PermitRootLogin prohibit-password', 'PasswordAuthentication no',
+        'UsePAM no', 'StrictModes no', ''])
+
+
 def qemu(node: Node) -> str:
     """libvirt's qemu.conf."""
     return '\n'.join([f'migration_host = "{node.address}"',
