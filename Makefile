@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # "make demo" and "make test" need nothing but a fresh Debian 12.
 .PHONY: help prepare sandbox sandbox-down demo demo-standalone test test-all \
-	test-cloud lint docs bench clean
+	test-cloud tempest lint docs bench clean
 
 STATE ?= $(CURDIR)/.state
 SANDBOX = tools/sandbox --state-dir $(STATE)/sandbox
@@ -19,6 +19,7 @@ help:
 	@echo 'make test             lint, unit and functional tests, one'
 	@echo '                      end-to-end path in the cloud'
 	@echo 'make test-all         these and the slow ones'
+	@echo 'make tempest          Tempest, with Nova'\''s driver and with ours'
 	@echo 'make bench            benchmarks; results in bench/results'
 	@echo 'make docs             documentation in doc/build/html'
 	@echo 'make clean            remove what all that left in .state'
@@ -64,6 +65,12 @@ test-all: test
 	@$(SANDBOX) up
 	$(CLOUD_TESTS) -m slow $(GLANCE_TESTS)
 	$(CLOUD_TESTS) tests/openstack
+	@$(SANDBOX) down
+
+tempest:
+	@tools/prepare test sandbox
+	@$(SANDBOX) up
+	$(CLOUD_PYTHON) tools/tempest --state-dir $(STATE)
 	@$(SANDBOX) down
 
 ifeq ($(SUITE),openstack)

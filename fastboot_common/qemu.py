@@ -150,6 +150,32 @@ def convert(source: str, target: str, target_format: str = 'raw', *,
     _run(convert_command(source, target, target_format), timeout)
 
 
+def same_content(one: str, other: str, *, timeout: float) -> bool:
+    """Whether two images read the same.
+
+    :param one: what :func:`image` made, like `other`.
+    :param timeout: seconds.
+    :raises CommandFailed: one cannot be read, or it took too long.
+    """
+    try:
+        _run([_IMG, 'compare', '-U', '-q', one, other], timeout)
+    except exception.CommandFailed as error:
+        if error.status != 1:
+            raise
+        return False
+    return True
+
+
+def rename_backing(path: pathlib.Path, backing: pathlib.Path,
+                   backing_format: str) -> None:
+    """Set an overlay that nobody uses on another backing of equal content.
+
+    :raises CommandFailed: it failed; a guest may have it open.
+    """
+    _run([_IMG, 'rebase', '-q', '-u', '-f', 'qcow2', '-b', str(backing),
+          '-F', backing_format, str(path)], 60)
+
+
 def create_overlay(path: pathlib.Path, backing: str, backing_format: str,
                    size: int) -> None:
     """Make an empty qcow2 on top of `backing`, which is not opened.

@@ -6,13 +6,14 @@ writes to an overlay that is thrown away. An image that does not boot is a
 result like any other, not an error.
 """
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import pathlib
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
 
 import numpy
@@ -63,6 +64,15 @@ class Capture:
         }
 
 
+@dataclasses.dataclass(frozen=True)
+class _Boot:
+    """One boot that came to its end, after some seconds."""
+
+    trace: trace.Trace
+    end: str
+    seconds: float
+
+
 class _Cancelled(Exception):
     """The caller has had enough."""
 
@@ -85,24 +95,38 @@ def capture(raw_path: pathlib.Path, virtual_size: int,
     :param cancel: when set, the boot is stopped and the state is ``none``.
     :raises ConfigError: an option cannot work, or QEMU is missing.
     """
+    cancel = cancel or threading.Event()
     boots = _Boots(raw_path, virtual_size, workdir, options,
-                   progress or _ignore, cancel or threading.Event())
-    traces, ends, seconds = [], [], []
-    state, reason = 'booted', None
-    try:
-        for number in range(options.boots):
-            reads, end, duration = boots.run(number)
-            traces.append(reads)
-            ends.append(end)
-            seconds.append(duration)
-    except _Cancelled:
-        traces, ends, seconds = [], [], []
-        state, reason = 'none', 'cancelled'
-    except _NotBooted as error:
-        state = 'booted' if traces else 'failed'
-        reason = f'boot {number + 1} of {options.boots}: {error}'
-    return Capture(trace.merge(traces), state, reason,
-                   ends[0] if ends else None, seconds, boots.devices)
+                   progress or _ignore, cancel)
+    with concurrent.futures.ThreadPoolExecutor(
+            min(options.parallel, options.boots), 'boot') as pool:
+        futures = [pool.submit(boots.run, number)
+                   for number in range(options.boots)]
+        try:
+            concurrent.futures.wait(futures)
+        except BaseException:  # who is interrupted wants no guests
+            cancel.set()
+            raise
+    return _merge(futures, boots.devices)
+
+
+def _merge(futures: Sequence['concurrent.futures.Future[_Boot]'],
+           devices: str) -> Capture:
+    """One capture of what all boots came to."""
+    done, reason = [], None
+    for number, future in enumerate(futures, 1):
+        try:
+            done.append(future.result())
+        except _Cancelled:
+            return Capture(trace.empty(), 'none', 'cancelled', None, [],
+                           devices)
+        except _NotBooted as error:
+            reason = reason or f'boot {number} of {len(futures)}: {error}'
+    return Capture(
+        trace.merge([boot.trace for boot in done]),
+        'booted' if done else 'failed', reason,
+        done[0].end if done else None, [boot.seconds for boot in done],
+        devices)
 
 
 def _ignore(number: int, seconds: float, unique: int) -> None:
@@ -144,6 +168,7 @@ class _Boots:
         self._options = options
         self._progress = progress
         self._cancel = cancel
+        self._failed = threading.Event()
         self._sandbox = guest.Sandbox(options.user)
         self._config = qemu.Config(
             disk=qemu.file_disk(_DISK, 'qcow2'), memory=options.memory,
@@ -152,12 +177,21 @@ class _Boots:
             config_drive=_CONFIG_DRIVE if options.config_drive else None)
         self.devices = self._config.devices()
 
-    def run(self, number: int) -> tuple[trace.Trace, str, float]:
-        """One boot: its reads, what ended it, and its seconds.
+    def run(self, number: int) -> _Boot:
+        """One boot; none after one that failed.
 
         :raises _NotBooted: it did not come to its end.
         :raises _Cancelled: the caller wants no more.
         """
+        if self._failed.is_set():
+            raise _NotBooted('not begun')
+        try:
+            return self._run(number)
+        except _NotBooted:
+            self._failed.set()
+            raise
+
+    def _run(self, number: int) -> _Boot:
         drivers = endings.load(self._options)
         try:
             with self._served() as (room, log):
@@ -168,7 +202,7 @@ class _Boots:
                                    self._options, self._cancel)
                     end, seconds = watch.run(
                         lambda *seen: self._progress(number, *seen))
-                return trace.parse_log(log), end, seconds
+                return _Boot(trace.parse_log(log), end, seconds)
         except (exception.CommandFailed, exception.Corrupt) as error:
             raise _NotBooted(str(error)) from error
 

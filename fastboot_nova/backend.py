@@ -25,7 +25,7 @@ from nova import utils
 from nova.virt.libvirt import config as vconfig
 from nova.virt.libvirt import imagebackend
 from oslo_log import log as logging
-from oslo_utils import fileutils
+from oslo_utils import fileutils, strutils
 
 from fastboot_common import chain, exception, nbdkit, overlay
 from fastboot_common.conf import nova as options
@@ -36,6 +36,9 @@ CONF = nova.conf.CONF
 CONF.register_opts(options.OPTS, group=options.GROUP)
 
 SUFFIX: Final = '_sm'
+#: Property of images and extra spec of flavors; "no": a server starts only
+#: when all of its image is on the host.
+LAZY: Final = 'fastboot:lazy'
 _RETRY_SECONDS: Final = 0.5
 _BUSY_SECONDS: Final = 0.05
 
@@ -170,13 +173,17 @@ class FastbootQcow2(imagebackend.Qcow2):
                     thawed=lease.thawed)
         return stub
 
-    @staticmethod
-    def _acquire(image_id: str, stub: pathlib.Path) -> client.Lease:
+    def _acquire(self, image_id: str, stub: pathlib.Path) -> client.Lease:
         """A lease; patient where the stock path is no quick way out.
 
         While a boot set is being thawed, a host that has a stock base is
         faster with it. One that has none would download the image.
+
+        :raises Unavailable: the image is not whole in time, and the server
+            wants that.
         """
+        if not self._is_lazy():
+            return self._acquire_whole(image_id, stub)
         base = base_directory() / overlay.base_name(image_id)
         deadline = time.monotonic() + (
             0 if base.exists() else CONF.fastboot.thaw_timeout)
@@ -187,6 +194,30 @@ class FastbootQcow2(imagebackend.Qcow2):
                 if time.monotonic() >= deadline:
                     raise
             time.sleep(_BUSY_SECONDS)
+
+    def _is_lazy(self) -> bool:
+        """Whether the guest may start before its image is whole here."""
+        instance = self._instance
+        if instance is None:
+            return True
+        words = instance.flavor.extra_specs.get(LAZY) or \
+            instance.system_metadata.get(f'image_{LAZY}')
+        return bool(strutils.bool_from_string(words, default=True))
+
+    @staticmethod
+    def _acquire_whole(image_id: str, stub: pathlib.Path) -> client.Lease:
+        seconds = CONF.fastboot.complete_timeout
+        deadline = time.monotonic() + seconds
+        agent().prepare(image_id)
+        while time.monotonic() < deadline:
+            with contextlib.suppress(exception.Busy):
+                lease = agent().acquire(image_id, stub)
+                if lease.link.complete:
+                    return lease
+            time.sleep(_RETRY_SECONDS)
+        raise exception.Unavailable(
+            f'{LAZY} is no, and the image is not complete after '
+            f'{seconds:.0f} s')
 
     def _check_eligible(self, kwargs: dict[str, Any]) -> None:
         """Leave to Nova what only Nova can do.

@@ -14,6 +14,11 @@ OPTS: Final[list[Any]] = [
              'merged, because no two boots read quite the same. More boots '
              'take more time and miss fewer blocks.'),
     cfg.IntOpt(
+        'parallel', default=2, min=1, max=8,
+        help='Boots of an image that run at the same time; an image that '
+             'does not boot at all is found by the first that ends. Each '
+             'takes "memory" and "vcpus".'),
+    cfg.IntOpt(
         'grow', default=10, min=0,
         help='GiB by which the disk of the second boot (the fourth, ...) is '
              'larger than the image, as the disks of most instances are: '
@@ -27,7 +32,7 @@ OPTS: Final[list[Any]] = [
         'memory', default=512, min=64,
         help='Memory of the guest in MiB. Raise it for images that do not '
              'boot with less. A builder needs this much and 2 GiB of address '
-             'space more for each capture.'),
+             'space more for each boot.'),
     cfg.IntOpt(
         'vcpus', default=1, min=1, max=16,
         help='Processors of the guest.'),

@@ -32,6 +32,11 @@ OPTS = [
              'a stock base of the image: the stock path would download it. '
              'A host that has one does not wait longer than "timeout".'),
     cfg.FloatOpt(
+        'complete_timeout', default=600.0, min=0,
+        help='Seconds that the start of a new server waits for all of its '
+             'image, where the image or the flavor has "fastboot:lazy" = '
+             '"no". Then it takes the stock path.'),
+    cfg.FloatOpt(
         'patience', default=60.0, min=0,
         help='Seconds that a server whose disk already lies on local blocks '
              'waits until they are here: a migration to a host that never '

@@ -45,6 +45,8 @@ class Report:
         self._stage = ''
         self._total: int | None = None
         self._done = 0
+        #: Of its time, what each boot has used.
+        self._shares: dict[int, float] = {}
         self._last = 0.0
 
     def progress(self) -> build.Progress:
@@ -66,9 +68,9 @@ class Report:
         self.reach(self._done + count)
 
     def _boot(self, number: int, seconds: float, unique: int) -> None:
+        self._shares[number] = min(seconds / self._timeout, 1.0)
         if time.monotonic() - self._last >= _NOTE_EVERY:
-            share = min(seconds / self._timeout, 1.0)
-            self._say((number + share) / self._boots)
+            self._say(sum(self._shares.values()) / self._boots)
 
     def _say(self, progress: float) -> None:
         self._last = time.monotonic()

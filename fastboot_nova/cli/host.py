@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``fastbootctl host sync|status``."""
+"""``fastbootctl host sync|status|detach``."""
 
 import argparse
+import pathlib
 from typing import Any
 
+from fastboot_common import exception
 from fastboot_common.cli import base, progress
+from fastboot_nova import detach
 from fastboot_nova.cli.base import open_host
 
 
@@ -62,3 +65,68 @@ class Status(base.Lister):
                 (row.image_id, row.name, row.serial, row.domain, row.state,
                  round(100 * row.progress, 1), row.leases, row.pinned)
                 for row in host.status()]
+
+
+class Detach(base.Lister):
+    """Make plain disks of all disks of this host that lie on local blocks.
+
+    Guests keep running. Agent, export and driver must be as they were; no
+    server on local blocks must come meanwhile ([fastboot] enabled = false).
+    May be stopped, and run again: what is done stays done.
+    """
+
+    def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
+        """Its arguments."""
+        parser: argparse.ArgumentParser = super().get_parser(prog_name)
+        parser.add_argument(
+            '--instances', type=pathlib.Path, metavar='DIR',
+            default=pathlib.Path('/var/lib/nova/instances'),
+            help="Nova's instances_path (default: %(default)s)")
+        parser.add_argument(
+            '--connect', default='qemu:///system', metavar='URI',
+            help='of libvirt (default: %(default)s)')
+        parser.add_argument(
+            '--server', action='append', metavar='ID',
+            help='only the disks of this server, may be repeated')
+        parser.add_argument(
+            '--rate', type=int, default=0, metavar='MIB',
+            help="MiB a second into a running guest's disk (default: any)")
+        parser.add_argument(
+            '--dry-run', action='store_true',
+            help='only say which disks they are')
+        return parser
+
+    def take_action(self, parsed_args: argparse.Namespace) -> Any:
+        """Detach them, and say how it went.
+
+        :raises NotFound: there is no such directory.
+        """
+        if not parsed_args.instances.is_dir():
+            raise exception.NotFound(
+                f'{parsed_args.instances} is not there; see --instances')
+        disks = [disk for disk in detach.find(parsed_args.instances)
+                 if not parsed_args.server
+                 or disk.server in parsed_args.server]
+        work = detach.Detacher(
+            parsed_args.instances, detach.connect(parsed_args.connect),
+            parsed_args.rate)
+        rows = [(disk.server, disk.path.name,
+                 'running' if work.domain(disk) else 'off',
+                 'on local blocks' if parsed_args.dry_run
+                 else self._detach(work, disk)) for disk in disks]
+        self.failed = any(row[3].startswith('failed') for row in rows)
+        return ('Server', 'Disk', 'Guest', 'State'), rows
+
+    @staticmethod
+    def _detach(work: detach.Detacher, disk: detach.Disk) -> str:
+        try:
+            with progress.Progress(f'{disk.server}/{disk.path.name}') as told:
+                work.detach(disk, told)
+        except exception.FastbootError as error:
+            return f'failed: {error}'
+        return 'plain'
+
+    def run(self, parsed_args: argparse.Namespace) -> int:
+        """Status 1 if a disk could not be detached."""
+        super().run(parsed_args)
+        return int(self.failed)

@@ -52,9 +52,15 @@ def sector(text: bytes = b'', count: int = 0, first: int = 0,
     """
     data = CODE.ljust(0x100, b'\0') + struct.pack(
         '<HIBBHHHQBH', count, step, 16, 0, 8, 0, 0x1000, first, 0, more)
-    data = data.ljust(0x140, b'\0') + text
-    assert len(data) < 440
-    return data.ljust(510, b'\0') + b'\x55\xaa'
+    return signed(data.ljust(0x140, b'\0') + text)
+
+
+def signed(code: bytes) -> bytes:
+    """A boot sector with one partition: Glance refuses any without."""
+    assert len(code) <= 440
+    partition = struct.pack('<8BII', 0x80, 0, 2, 0, 0x83, 0, 3, 0, 1, 7)
+    return (code.ljust(446, b'\0') + partition).ljust(510, b'\0') \
+        + b'\x55\xaa'
 
 
 def disk(path: pathlib.Path, size: int, boot: bytes) -> pathlib.Path:

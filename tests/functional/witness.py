@@ -27,6 +27,8 @@ import subprocess
 import tempfile
 from collections.abc import Callable
 
+import bootsector
+
 PAGE = 4096
 RUN = 8
 WRITTEN = 3
@@ -86,7 +88,8 @@ class Witness:
         header = _HEADER.pack(self.seed, 0, self.first * RUN, self.eager,
                               self.lazy, self.size // 512, _LARGE)
         code = assemble()
-        return code[:512] + header + code[512 + len(header):]
+        return (bootsector.signed(code[:440]) + header
+                + code[512 + len(header):])
 
     def check(self, read: Callable[[int, int], bytes]) -> tuple[int, int]:
         """Look at a server's disk whose guest does not run.

@@ -23,9 +23,9 @@ def tiny_disk(directory, text):
     return file
 
 
-def small_image(user, name, file):
+def small_image(user, name, file, **more):
     """An image that is ready on both hosts."""
-    image = user.upload(name, file)
+    image = user.upload(name, file, **more)
     user.wait_built(image, 900)
     user.wait_on_hosts(image)
     return image

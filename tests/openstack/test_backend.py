@@ -54,6 +54,10 @@ class Agent(socketserver.ThreadingUnixStreamServer):
         threading.Thread(target=self.serve_forever, args=(.05,),
                          daemon=True).start()
 
+    def prepare(self, body):
+        threading.Thread(target=self.host.hydrate,
+                         args=(body['image'],)).start()
+
     def acquire(self, body):
         image = body['image']
         link = self.host.acquire(image, 'nova')
@@ -83,6 +87,8 @@ class Handler(socketserver.StreamRequestHandler):
         elif path == '/v1/images':
             answer = {'images': [{'id': one}
                                  for one in agent.host.mirror.state.images]}
+        elif path == '/v1/prepare':
+            agent.prepare(body)
         else:
             try:
                 answer = agent.acquire(body)
@@ -136,7 +142,13 @@ def place(notices):
 
 def instance(**more):
     return types.SimpleNamespace(**{
-        'uuid': str(uuid.uuid4()), 'kernel_id': '', 'ramdisk_id': '', **more})
+        'uuid': str(uuid.uuid4()), 'kernel_id': '', 'ramdisk_id': '',
+        'flavor': flavor(), 'system_metadata': {}, **more})
+
+
+def flavor(**specs):
+    return types.SimpleNamespace(extra_specs={
+        f'fastboot:{name}': value for name, value in specs.items()})
 
 
 def image_of(place, server=None, kind=backend.FastbootQcow2, name='disk'):
@@ -361,6 +373,31 @@ def test_complete_images_need_no_export(place):
     place.export.unlink(missing_ok=True)
     assert content(image.path)[:1 << 20] == place.raw
     backend.check_chain(image.path)
+
+
+@pytest.mark.parametrize('more', [
+    {'flavor': flavor(lazy='no')},
+    {'system_metadata': {'image_fastboot:lazy': 'false'}}])
+def test_a_server_that_wants_its_image_whole(place, notices, more):
+    spawn(place, image_of(place))
+    image = image_of(place, instance(**more))
+    assert spawn(place, image) == []
+    assert '/complete/image' in backing_of(place, image)
+    assert [event for event, *_ in notices] == ['hit', 'hit']
+
+
+def test_an_image_that_is_not_whole_in_time(place, notices):
+    CONF.set_override('complete_timeout', .3, 'fastboot')
+    place.agent.prepare = lambda body: None
+    image = image_of(place, instance(flavor=flavor(lazy='no')))
+    assert len(spawn(place, image)) == 1
+    assert 'fastboot:lazy' in notices[0][2]
+    # The flavor's word counts more than the image's.
+    image = image_of(place, instance(
+        flavor=flavor(lazy='yes'),
+        system_metadata={'image_fastboot:lazy': 'no'}))
+    assert spawn(place, image) == []
+    assert notices[1][0] == 'hit'
 
 
 def test_what_leaves_the_host_is_lazy(place):

@@ -244,7 +244,7 @@ def _host(layout: Layout, node: Node, rest: Rest) -> list[Service]:
     proxy, compute = etc / f'proxy/{name}.cfg', \
         etc / f'nova/compute-{name}.conf'
     agents = etc / f'neutron/agents-{name}.conf'
-    libvirt, ssh = home / 'libvirt-etc', etc / f'ssh/{name}.conf'
+    libvirt, ssh = home / 'libvirt-etc', etc / f'ssh/{name}'
     driver = (f'fastboot-agent@{name}',) if layout.options.fastboot else ()
     return [
         Service(f'proxy@{name}', name, ('haproxy', '-db', '-f', str(proxy)),

@@ -37,7 +37,7 @@ def files(layout: Layout) -> dict[pathlib.Path, str]:
             etc / f'proxy/{name}.cfg': proxy.host(layout, node),
             home / 'libvirt-etc/libvirtd.conf': nova.libvirtd(node),
             home / 'libvirt-etc/qemu.conf': nova.qemu(node),
-            etc / f'ssh/{name}.conf': nova.sshd(layout, node),
+            etc / f'ssh/{name}': nova.sshd(layout, node),
         }
     return texts
 

@@ -1,0 +1,567 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every operation of Nova on servers whose disks lie on local blocks.
+
+The guest proves its disk while it runs (see ``witness``), and the disk is
+looked at once more when it is off.
+"""
+
+import contextlib
+import json
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import time
+
+import pytest
+import witness
+from parts import small_image
+
+pytestmark = pytest.mark.timeout(900)
+
+FLAVOR = 'm1.nano'
+
+
+class Guest:
+    """A server, and what its disk must hold."""
+
+    def __init__(self, user, boot, disk):
+        self.user = user
+        self.boot = boot
+        self.disk = disk
+        self.id = boot.server.id
+
+    @property
+    def compute(self):
+        return self.user.cloud.compute
+
+    @property
+    def server(self):
+        return self.compute.get_server(self.id)
+
+    @property
+    def host(self):
+        return self.server.hypervisor_hostname
+
+    @property
+    def other(self):
+        return next(node.name for node in self.user.layout.hosts
+                    if node.name != self.host)
+
+    def wait(self, status, seconds=180, task=None):
+        """Until a status, with nothing under way."""
+        def there():
+            found = self.server
+            assert found.status != 'ERROR' or status == 'ERROR', \
+                (found.fault or {}).get('message')
+            return found.status == status and found.task_state == task
+        self.user.wait(there, seconds, f'{self.id} to be {status}')
+
+    def console(self):
+        return self.user.console(self.server)
+
+    def goes_on(self, passes=1):
+        """It reads and writes, and finds nothing wrong."""
+        began = witness.passes(self.console())
+        # A start empties the console.
+        self.user.wait(
+            lambda: (now := witness.passes(self.console())) < began
+            or now >= began + passes, 180, 'the guest to go on')
+        self.user.wait(lambda: witness.passes(self.console()) >= passes,
+                       180, 'the guest to go on')
+
+    def stop(self):
+        self.compute.stop_server(self.id)
+        self.wait('SHUTOFF')
+
+    def check(self):
+        """Off, and every byte as it must be."""
+        if self.server.status != 'SHUTOFF':
+            self.stop()
+        return check_disk(self.user, self.server, self.disk)
+
+    def chain(self):
+        """Names of the layers of its disk, as libvirt has them."""
+        text = virsh(self.user, self.host, 'dumpxml',
+                     self.server.instance_name)
+        disk = re.search(r"<disk [^>]*>(?:(?!</disk>).)*dev='[vsh]da'.*?"
+                         r'</disk>', text, re.S)[0]
+        return re.findall(r"<source (?:file|dev|name|protocol)='([^']*)'",
+                          disk)
+
+    def is_ours(self):
+        return any(layer.endswith('_sm') for layer in self.chain())
+
+
+def inside(user, host, *words, check=True):
+    done = subprocess.run(
+        [pathlib.Path('tools/sandbox').resolve(), '--state-dir',
+         user.layout.state, 'exec', host, *map(str, words)],
+        capture_output=True, text=True, timeout=300)
+    assert not check or done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def virsh(user, host, *words):
+    return inside(user, host, 'virsh', '-c', 'qemu:///system', *words)
+
+
+def check_disk(user, server, disk):
+    """Look at the disk of a server that is off, through its chain."""
+    host = server.hypervisor_hostname
+    raw = user.instance_path(server).parent / f'{server.id}.check'
+    place = f'/var/lib/nova/instances/{server.id}'
+    try:
+        inside(user, host, 'qemu-img', 'convert', '-U', '-f', 'qcow2', '-O',
+               'raw', f'{place}/disk', f'{place}.check')
+        with raw.open('rb') as file:
+            def read(offset, length):
+                file.seek(offset)
+                return file.read(length)
+            return disk.check(read)
+    finally:
+        raw.unlink(missing_ok=True)
+
+
+@pytest.fixture(scope='module')
+def disk():
+    return witness.Witness()
+
+
+@pytest.fixture(scope='module')
+def image(user, disk, tmp_path_factory):
+    file = tmp_path_factory.mktemp('witness') / 'disk.raw'
+    found = small_image(user, 'witness', disk.make(file), disk_format='raw')
+    yield found
+    user.cloud.image.delete_image(found, ignore_missing=True)
+
+
+@pytest.fixture(scope='module')
+def other_disk():
+    return witness.Witness()
+
+
+@pytest.fixture(scope='module')
+def other_image(user, other_disk, tmp_path_factory):
+    file = tmp_path_factory.mktemp('witness') / 'disk.raw'
+    found = small_image(user, 'witness-2', other_disk.make(file),
+                        disk_format='raw')
+    yield found
+    user.cloud.image.delete_image(found, ignore_missing=True)
+
+
+@pytest.fixture
+def start(user, image, disk, clean):
+    """Starts a guest on local blocks."""
+    def one(host='h1', **more):
+        more = {'flavor': FLAVOR, 'prompt': witness.PROMPT, **more}
+        boot = clean.boot(user.boot('op', image, host, **more))
+        assert boot.log.startswith('hit'), boot.log
+        guest = Guest(user, boot, disk)
+        guest.goes_on()
+        return guest
+    return one
+
+
+@pytest.fixture
+def guest(start):
+    found = start()
+    assert found.is_ours()
+    return found
+
+
+def test_stop_and_start(guest):
+    guest.stop()
+    before = guest.check()
+    guest.compute.start_server(guest.id)
+    guest.wait('ACTIVE')
+    guest.goes_on()
+    assert guest.is_ours()
+    assert guest.check() > before
+
+
+@pytest.mark.parametrize('kind', ['SOFT', 'HARD'])
+def test_reboot(guest, kind):
+    guest.compute.reboot_server(guest.id, kind)
+    time.sleep(1)
+    guest.wait('ACTIVE')
+    guest.goes_on()
+    assert guest.is_ours()
+    guest.check()
+
+
+@pytest.mark.parametrize('pair', [
+    ('pause', 'unpause', 'PAUSED'), ('suspend', 'resume', 'SUSPENDED'),
+    ('lock', 'unlock', 'ACTIVE')])
+def test_hold_and_release(guest, pair):
+    hold, release, status = pair
+    getattr(guest.compute, f'{hold}_server')(guest.id)
+    guest.wait(status)
+    getattr(guest.compute, f'{release}_server')(guest.id)
+    guest.wait('ACTIVE')
+    guest.goes_on()
+    assert guest.is_ours()
+    guest.check()
+
+
+@pytest.mark.parametrize('end', ['confirm', 'revert'])
+def test_resize(user, guest, end):
+    flavor = guest.compute.find_flavor('m1.small')
+    guest.compute.resize_server(guest.id, flavor.id)
+    guest.wait('VERIFY_RESIZE')
+    guest.goes_on()
+    assert guest.is_ours()
+    getattr(guest.compute, f'{end}_server_resize')(guest.id)
+    guest.wait('ACTIVE')
+    guest.goes_on()
+    assert guest.is_ours()
+    guest.check()
+    size = virtual_size(user, guest.server)
+    assert size == (5 if end == 'confirm' else 2) << 30
+
+
+def virtual_size(user, server):
+    text = inside(user, server.hypervisor_hostname, 'qemu-img', 'info', '-U',
+                  f'/var/lib/nova/instances/{server.id}/disk')
+    return int(re.search(r'virtual size:.*\((\d+) bytes\)', text)[1])
+
+
+@pytest.mark.parametrize('end', ['confirm', 'revert'])
+def test_cold_migration(guest, end):
+    old, new = guest.host, guest.other
+    guest.compute.migrate_server(guest.id, host=new)
+    guest.wait('VERIFY_RESIZE')
+    assert guest.host == new
+    guest.goes_on()
+    assert guest.is_ours()
+    getattr(guest.compute, f'{end}_server_resize')(guest.id)
+    guest.wait('ACTIVE')
+    assert guest.host == (new if end == 'confirm' else old)
+    guest.goes_on()
+    guest.check()
+
+
+def test_live_migration_there_and_back(user, guest):
+    for _ in range(2):
+        old, new = guest.host, guest.other
+        guest.compute.live_migrate_server(guest.id, host=new,
+                                          block_migration='auto')
+        user.wait(lambda there=new: guest.server.status == 'ACTIVE'
+                  and guest.host == there, 180, f'{old} -> {new}')
+        guest.wait('ACTIVE')
+        guest.goes_on()
+        assert guest.is_ours()
+    guest.check()
+
+
+def test_live_migration_to_a_host_without_the_stub(user, guest, image):
+    user.forget_base(guest.other, image)
+    new = guest.other
+    guest.compute.live_migrate_server(guest.id, host=new,
+                                      block_migration='auto')
+    user.wait(lambda: guest.server.status == 'ACTIVE' and guest.host == new,
+              180, 'the migration')
+    guest.goes_on()
+    # And what is not the live domain's, too.
+    guest.stop()
+    guest.compute.start_server(guest.id)
+    guest.wait('ACTIVE')
+    guest.goes_on()
+    assert guest.is_ours()
+    guest.check()
+
+
+@contextlib.contextmanager
+def dead_host(user, host):
+    """nova-compute and all guests of a host are gone."""
+    service = f'nova-compute@{host}'
+    compute = user.cloud.compute
+    user.sandbox('stop', service)
+    for domain in virsh(user, host, 'list', '--name').split():
+        virsh(user, host, 'destroy', domain)
+    row = next(compute.services(host=host, binary='nova-compute'))
+    compute.update_service_forced_down(row, host, 'nova-compute', True)
+    try:
+        yield
+    finally:
+        user.sandbox('start', service)
+        user.wait(lambda: not list(compute.get(
+            f'/os-migrations?status=done&host={host}').json()['migrations']),
+            120, 'the old host to clean up')
+        compute.update_service_forced_down(row, host, 'nova-compute', False)
+
+
+def test_evacuate(user, guest, disk):
+    old = guest.host
+    new = guest.other
+    with dead_host(user, old):
+        guest.compute.evacuate_server(guest.id, host=new)
+        user.wait(lambda: guest.server.status == 'ACTIVE'
+                  and guest.host == new, 180, 'the evacuation')
+        guest.goes_on()
+        assert guest.is_ours()
+        # The disk was the host's: it is a new one.
+        guest.check()
+
+
+def test_rebuild(user, guest, image, other_image, other_disk):
+    for which, content in ((image, guest.disk), (other_image, other_disk),
+                           (image, guest.disk)):
+        guest.compute.rebuild_server(guest.id, image=which)
+        time.sleep(1)
+        guest.wait('ACTIVE')
+        guest.disk = content
+        guest.goes_on()
+        assert guest.is_ours()
+        guest.check()
+        guest.compute.start_server(guest.id)
+        guest.wait('ACTIVE')
+
+
+@pytest.mark.parametrize('same', [True, False])
+def test_rescue(user, guest, other_image, same):
+    guest.goes_on()
+    guest.compute.rescue_server(
+        guest.id, image_ref=None if same else other_image)
+    guest.wait('RESCUE')
+    guest.user.wait(lambda: witness.PROMPT in guest.console(), 120,
+                    'the rescue guest')
+    assert guest.is_ours()
+    guest.compute.unrescue_server(guest.id)
+    guest.wait('ACTIVE')
+    guest.goes_on()
+    assert guest.is_ours()
+    guest.check()
+
+
+@pytest.mark.parametrize('offload', [False, True])
+def test_shelve(user, guest, offload):
+    guest.compute.shelve_server(guest.id)
+    if offload:
+        user.wait(lambda: guest.server.status in (
+            'SHELVED', 'SHELVED_OFFLOADED'), 180, 'the shelf')
+        if guest.server.status == 'SHELVED':
+            guest.compute.shelve_offload_server(guest.id)
+    user.wait(lambda: guest.server.status == 'SHELVED_OFFLOADED', 180,
+              'the shelf')
+    guest.compute.unshelve_server(guest.id)
+    guest.wait('ACTIVE', 300)
+    guest.goes_on()
+    assert guest.is_ours()
+    guest.check()
+
+
+@pytest.mark.parametrize('live', [True, False])
+def test_snapshot(user, guest, clean, live):
+    if not live:
+        guest.stop()
+    found = guest.compute.create_server_image(guest.id, 'snapshot',
+                                              metadata={'fastboot': 'off'})
+    found = clean.image(found.id)
+    user.wait(lambda: user.cloud.image.get_image(found).status == 'active',
+              180, 'the snapshot')
+    guest.wait('ACTIVE' if live else 'SHUTOFF')
+    if live:
+        guest.goes_on()
+    assert guest.is_ours()
+    guest.check()
+    copy = Guest(user, clean.boot(user.boot(
+        'copy', found, guest.other, flavor=FLAVOR, prompt=witness.PROMPT)),
+        guest.disk)
+    copy.goes_on()
+    copy.check()
+
+
+def test_backup(user, guest, clean):
+    for number in range(2):
+        guest.compute.backup_server(guest.id, 'backup', 'daily', 1)
+        time.sleep(1)
+        guest.wait('ACTIVE')
+    found = list(user.cloud.image.images(name='backup'))
+    for image in found:
+        clean.image(image.id)
+    user.wait(lambda: [one.status for one in user.cloud.image.images(
+        name='backup')] == ['active'], 120, 'one backup to be left')
+    guest.goes_on()
+    guest.check()
+
+
+def test_interfaces(user, guest):
+    network = user.cloud.network.find_network('private')
+    found = guest.compute.create_server_interface(guest.id,
+                                                  net_id=network.id)
+    user.wait(lambda: len(list(guest.compute.server_interfaces(
+        guest.id))) == 2, 60, 'the interface')
+    guest.compute.delete_server_interface(found.port_id, guest.id)
+    # A guest without an operating system never lets go of a device: Nova
+    # gives up, as it does with its own driver.
+    assert guest.is_ours()
+    guest.goes_on()
+    guest.check()
+
+
+def test_a_volume_at_libvirts_level(user, guest):
+    home = user.layout.home(next(
+        node for node in user.layout.hosts if node.name == guest.host))
+    extra = home / 'nova/instances/extra.raw'
+    extra.write_bytes(bytes(1 << 20))
+    os.chmod(extra, 0o666)
+    try:
+        virsh(user, guest.host, 'attach-disk', guest.server.instance_name,
+              '/var/lib/nova/instances/extra.raw', 'vdx', '--live')
+        guest.goes_on()
+        assert guest.is_ours()
+    finally:
+        guest.check()
+        extra.unlink()
+
+
+def test_force_delete_with_a_dead_agent(user, guest):
+    host = guest.host
+    user.sandbox('stop', f'fastboot-agent@{host}')
+    try:
+        guest.compute.delete_server(guest.id, force=True)
+        user.wait(lambda: guest.compute.find_server(guest.id) is None, 60,
+                  'the server to go')
+        path = user.layout.home(next(
+            node for node in user.layout.hosts if node.name == host))
+        user.wait(lambda: not (path / 'nova/instances' / guest.id).exists(),
+                  60, 'its disks to go')
+    finally:
+        user.sandbox('start', f'fastboot-agent@{host}')
+
+
+def test_ephemeral_and_swap(user, start, clean):
+    compute = user.cloud.compute
+    flavor = compute.find_flavor('op.extra') or compute.create_flavor(
+        name='op.extra', ram=64, vcpus=1, disk=3, ephemeral=1, swap=64)
+    guest = start(flavor='op.extra')
+    disks = user.instance_path(guest.server)
+    assert {path.name for path in disks.glob('disk*')} >= {
+        'disk', 'disk.eph0', 'disk.swap', 'disk.config'}
+    guest.compute.reboot_server(guest.id, 'HARD')
+    time.sleep(1)
+    guest.wait('ACTIVE')
+    guest.goes_on()
+    assert virtual_size(user, guest.server) == 3 << 30
+    guest.check()
+    assert flavor
+
+
+@pytest.mark.parametrize('properties', [
+    {'hw_disk_bus': 'scsi', 'hw_scsi_model': 'virtio-scsi'},
+    {'hw_disk_bus': 'ide'},
+    {'hw_machine_type': 'q35'},
+    {'hw_machine_type': 'q35', 'hw_disk_bus': 'sata'},
+], ids=['scsi', 'ide', 'q35', 'sata'])
+def test_image_properties(user, image, start, properties):
+    user.cloud.image.update_image(image, **properties)
+    try:
+        guest = start()
+        assert guest.is_ours()
+        guest.check()
+    finally:
+        for name in properties:
+            user.openstack('image', 'unset', '--property', name, image)
+
+
+@pytest.mark.parametrize('service', ['nova-compute', 'libvirtd'])
+def test_restart(user, guest, service):
+    user.sandbox('restart', f'{service}@{guest.host}')
+    guest.goes_on()
+    guest.compute.reboot_server(guest.id, 'HARD')
+    time.sleep(1)
+    guest.wait('ACTIVE')
+    guest.goes_on()
+    assert guest.is_ours()
+    guest.check()
+
+
+def test_host_reboot(user, guest):
+    """Everything on the host dies at once."""
+    host = guest.host
+    for service in (f'nova-compute@{host}', f'fastboot-agent@{host}',
+                    f'libvirtd@{host}'):
+        for pid in user.pids(service):
+            os.kill(pid, signal.SIGKILL)
+    inside(user, host, 'sh', '-c', 'pkill -9 qemu-system; pkill -9 nbdkit; '
+                                   'true')
+    for service in (f'libvirtd@{host}', f'fastboot-agent@{host}',
+                    f'nova-compute@{host}'):
+        user.sandbox('start', service)
+    guest.compute.start_server(guest.id) if guest.server.status == 'SHUTOFF' \
+        else guest.compute.reboot_server(guest.id, 'HARD')
+    time.sleep(1)
+    guest.wait('ACTIVE')
+    guest.goes_on()
+    assert guest.is_ours()
+    guest.check()
+
+
+def test_aggregate_cache(user, image, clean):
+    """Nova's pre-caching warms our volume, and downloads nothing."""
+    user.forget_base('h1', image)
+    compute = user.cloud.compute
+    group = compute.create_aggregate(name='op')
+    try:
+        compute.add_host_to_aggregate(group, 'h1')
+        before = user.traffic('h1')
+        compute.aggregate_precache_images(group.id, [{'id': image}])
+        user.wait(lambda: user.agent_state('h1', image) == 'complete', 120,
+                  'the image to be complete')
+        assert (user.traffic('h1') - before).glance == 0
+    finally:
+        compute.remove_host_from_aggregate(group, 'h1')
+        compute.delete_aggregate(group)
+
+
+def test_detach(user, start):
+    """All disks of a host become plain, while their guests run or are off."""
+    running, off = start('h2'), start('h2')
+    off.stop()
+
+    def detach(*words):
+        done = inside(user, 'h2', user.layout.bin('fastbootctl'), 'host',
+                      'detach', '-f', 'json', *words)
+        return {row['Server']: row['State'] for row in json.loads(done)}
+
+    ids = {running.id, off.id}
+    assert {one for one, state in detach('--dry-run').items()
+            if state == 'on local blocks'} >= ids
+    found = detach()
+    assert {found[one] for one in ids} == {'plain'}
+    assert not ids & set(detach('--dry-run'))
+    running.goes_on()
+    assert not running.is_ours()
+    off.check()
+    # Nothing of ours is needed any more.
+    with contextlib.ExitStack() as stack:
+        for service in ('fastboot-agent@h2', 'repository'):
+            user.sandbox('stop', service)
+            stack.callback(user.sandbox, 'start', service)
+        inside(user, 'h2', 'sh', '-c', 'pkill -9 nbdkit; true')
+        running.goes_on()
+        for guest in (off, running):
+            if guest is running:
+                guest.stop()
+            guest.compute.start_server(guest.id)
+            guest.wait('ACTIVE')
+            guest.goes_on()
+            assert not guest.is_ours()
+            guest.check()
+
+
+def test_a_server_that_wants_its_image_whole(user, other_image, other_disk,
+                                             clean):
+    compute = user.cloud.compute
+    flavor = compute.find_flavor('op.whole') or compute.create_flavor(
+        name='op.whole', ram=64, vcpus=1, disk=2)
+    compute.create_flavor_extra_specs(flavor, {'fastboot:lazy': 'no'})
+    boot = clean.boot(user.boot('whole', other_image, 'h2', flavor='op.whole',
+                                prompt=witness.PROMPT))
+    assert boot.log.startswith('hit') and boot.log.endswith('complete')
+    guest = Guest(user, boot, other_disk)
+    assert not any('nbd' in layer for layer in guest.chain())
+    guest.goes_on()
+    guest.check()
