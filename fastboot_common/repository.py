@@ -9,7 +9,15 @@ import uuid
 from collections.abc import Callable
 from typing import Any, Final
 
-from fastboot_common import blocks, exception, journal, manifest, pack, store
+from fastboot_common import (
+    blocks,
+    exception,
+    journal,
+    manifest,
+    pack,
+    signing,
+    store,
+)
 
 FORMAT: Final = 'fastboot-repository'
 VERSION: Final = 1
@@ -38,10 +46,15 @@ class Repository:
     """A repository in a store. Use from one thread at a time."""
 
     def __init__(self, source: store.ReadStore,
-                 state: journal.State | None = None) -> None:
+                 state: journal.State | None = None, *,
+                 trust: signing.Trust | None = None,
+                 signer: signing.Signer | None = None) -> None:
         """Open it.
 
         :param state: what is known already; only later entries are read.
+        :param trust: proves the newest entry, and with it all others; None:
+            whoever writes to the store is trusted.
+        :param signer: signs new entries; None: nobody.
         :raises NotFound: there is no repository.
         :raises Corrupt: its configuration is damaged.
         :raises UnknownVersion: it is of a newer format.
@@ -49,30 +62,55 @@ class Repository:
         self.store = source
         self.id, self.block_size = read_config(source.get('config.json'))
         self._state = state or journal.State()
+        self._trust = trust
+        self._signer = signer
+        self._proven = trust is None
         self._manifests: collections.OrderedDict[
             str, manifest.Manifest] = collections.OrderedDict()
 
     def state(self) -> journal.State:
         """The newest state, read from the store.
 
-        :raises Corrupt: an entry is missing, damaged, or does not follow.
+        :raises Corrupt: an entry is missing, damaged, or does not follow; or
+            the newest is not signed by who is trusted.
         """
         hint = self._hint()
-        if self._state.version == 0 and hint:
-            self._state = self._from_checkpoint(hint)
+        known = self._state
+        if known.version == 0 and hint:
+            known = self._from_checkpoint(hint)
+        newest = None
         while True:
-            number = self._state.version + 1
             try:
-                data = self.store.get(store.entry_name(number),
+                data = self.store.get(store.entry_name(known.version + 1),
                                       journal.ENTRY_LIMIT)
             except exception.NotFound:
                 break
-            self._state = journal.apply(self._state, data)
-        if self._state.version < hint:
+            known, newest = journal.apply(known, data), data
+        if known.version < hint:
             raise exception.Corrupt(
-                f'journal entry {self._state.version + 1} is missing, though '
+                f'journal entry {known.version + 1} is missing, though '
                 f'the repository had version {hint}: journal gap')
-        return self._state
+        self._prove(known, newest)
+        self._state = known
+        return known
+
+    def _prove(self, state: journal.State, newest: bytes | None) -> None:
+        """Check the signature of the newest entry, unless it is known.
+
+        :param newest: its bytes, if they were just read.
+        """
+        if self._trust is None or not state.version or (
+                self._proven and newest is None):
+            return
+        if newest is None:
+            newest = self.store.get(store.entry_name(state.version),
+                                    journal.ENTRY_LIMIT)
+            if hashlib.sha256(newest).hexdigest() != state.previous:
+                raise exception.Corrupt(
+                    f'journal entry {state.version} is not the one that is '
+                    f'known here: the journal was rewritten')
+        self._trust.check(newest, state.version, self.id)
+        self._proven = True
 
     def _hint(self) -> int:
         try:
@@ -178,6 +216,8 @@ class Repository:
             if body is None:
                 return state
             data = journal.make(state, kind, body)
+            if self._signer:
+                data = self._signer.sign(data, self.id)
             after = journal.apply(state, data)
             try:
                 target.create(store.entry_name(after.version), data)
@@ -193,12 +233,14 @@ class Repository:
             f'{_ATTEMPTS} other publishers were first; repeat later')
 
     def checkpoint(self) -> journal.State:
-        """Add a checkpoint, so that new readers need not fold it all."""
+        """Add a checkpoint, so that new readers need not fold it all.
+
+        Also where one is the newest entry already: it may be signed with
+        another key, or not at all.
+        """
         return self.append('checkpoint', self._store_state)
 
-    def _store_state(self, state: journal.State) -> dict[str, Any] | None:
-        if state.version == state.checkpoint:
-            return None
+    def _store_state(self, state: journal.State) -> dict[str, Any]:
         data = state.to_json()
         digest = hashlib.sha256(data).hexdigest()
         target: Any = self.store

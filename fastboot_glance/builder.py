@@ -21,7 +21,8 @@ from oslo_config import cfg
 from oslo_log import log as logging
 from oslo_service import systemd
 
-from fastboot_common import exception, publish, rpc, store, upkeep
+from fastboot_common import exception, publish, rpc, upkeep
+from fastboot_common.cli import base
 from fastboot_common.conf import opts
 from fastboot_common.repository import Repository
 from fastboot_glance import (
@@ -140,19 +141,7 @@ class Builder:
     # What each thread has for itself
 
     def _open(self) -> Repository:
-        group = self._conf.repository
-        location = group.location or str(self._state_dir / 'repository')
-        try:
-            found = Repository(store.open_store(location))
-        except exception.NotFound:
-            raise exception.NotFound(
-                f'there is no repository at {location}; "fastbootctl repo '
-                f'init" makes one') from None
-        if not hasattr(found.store, 'create'):
-            raise exception.ConfigError(
-                f'[repository] location: {location} can only be read; '
-                f'builders need its directory')
-        return found
+        return base.Environment(self._conf).writable_repository()
 
     def _registry(self) -> registry.Registry:
         return registry.Registry(self._open(), self._records, self._glance,

@@ -25,6 +25,7 @@ from fastboot_common import (
     extents,
     journal,
     manifest,
+    signing,
     slot,
     store,
     volume,
@@ -84,7 +85,8 @@ class Host:
     def __init__(self, path: pathlib.Path, source: store.ReadStore, *,
                  socket: pathlib.Path, threads: int | None = None,
                  volume_size: int = volume.DEFAULT_SIZE,
-                 writable: bool = True) -> None:
+                 writable: bool = True,
+                 trust: signing.Trust | None = None) -> None:
         """Open the host's state in directory `path`.
 
         :param source: the repository's store.
@@ -92,11 +94,12 @@ class Host:
         :param threads: for decompressing; None: one a CPU.
         :param volume_size: apparent size of new volumes (bytes).
         :param writable: false: only to look, beside the process that writes.
+        :param trust: see :class:`fastboot_common.repository.Repository`.
         :raises Unavailable: the first sync never happened, and the source is
             out of reach.
         """
         self.path = path
-        self.mirror = mirror.Mirror(path / 'mirror', source)
+        self.mirror = mirror.Mirror(path / 'mirror', source, trust)
         self._socket = socket
         self._volume_size = volume_size
         self._writable = writable

@@ -27,6 +27,7 @@ from fastboot_common import (
     manifest,
     pack,
     repository,
+    signing,
     store,
 )
 
@@ -65,8 +66,11 @@ class Frame:
 class Mirror:
     """Local copies of what one host needs. Methods are thread-safe."""
 
-    def __init__(self, path: pathlib.Path, source: store.ReadStore) -> None:
+    def __init__(self, path: pathlib.Path, source: store.ReadStore,
+                 trust: signing.Trust | None = None) -> None:
         """Open the mirror in directory `path`.
+
+        :param trust: see :class:`fastboot_common.repository.Repository`.
 
         Works without the source when it was synced before.
 
@@ -75,6 +79,7 @@ class Mirror:
         """
         self.path = path
         self.source = source
+        self._trust = trust
         #: Held while the state changes, and while what it does not name is
         #: deleted. Not by those who read: the source may be slow.
         self.following = threading.RLock()
@@ -113,7 +118,8 @@ class Mirror:
         """
         with self.following:
             if self._repository is None:
-                found = repository.Repository(self.source, self.state)
+                found = repository.Repository(self.source, self.state,
+                                              trust=self._trust)
                 if found.id != self.id:
                     raise exception.Invalid(
                         f'{self.path} mirrors repository {self.id}, and the '

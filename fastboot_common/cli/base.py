@@ -6,7 +6,7 @@ from typing import Any
 
 from cliff import command, lister, show
 
-from fastboot_common import exception, repository, store
+from fastboot_common import exception, repository, signing, store
 
 
 class Environment:
@@ -51,13 +51,25 @@ class Environment:
             location, timeout=group.timeout, retries=group.retries,
             limit_rate=group.limit_rate or None, ca_file=group.ca_file)
 
+    def trust(self) -> signing.Trust | None:
+        """Who may say what a repository is; None: its server."""
+        paths = self.conf.repository.trusted_keys
+        return signing.Trust([pathlib.Path(path) for path in paths]) \
+            if paths else None
+
+    def signer(self) -> signing.Signer | None:
+        """Signs what is published; None: it is not signed."""
+        path = self.conf.repository.signing_key
+        return signing.Signer(pathlib.Path(path)) if path else None
+
     def open_repository(self) -> repository.Repository:
         """The repository, for reading and (a directory) for writing.
 
         :raises NotFound: there is none.
         """
         try:
-            return repository.Repository(self.open_store())
+            return repository.Repository(
+                self.open_store(), trust=self.trust(), signer=self.signer())
         except exception.NotFound:
             raise _no_repository(self.location()) from None
 

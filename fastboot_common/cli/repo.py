@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``fastbootctl repo init|check|stats|gc``."""
+"""``fastbootctl repo init|check|stats|gc|checkpoint``."""
 
 import argparse
 import pathlib
@@ -103,3 +103,18 @@ class Gc(base.ShowOne):
         return self.dict2columns({
             'dry_run': parsed_args.dry_run, 'images': done.images,
             'packs': done.packs, 'files': done.files, 'bytes': done.bytes})
+
+
+class Checkpoint(base.Command):
+    """Note the state of the repository in its journal, and sign it.
+
+    For a repository that was not signed so far, and when keys are exchanged:
+    who trusts the newest entry trusts all before it.
+    """
+
+    def take_action(self, parsed_args: argparse.Namespace) -> None:
+        """Add the entry."""
+        state = self.env.writable_repository().checkpoint()
+        signer = self.env.signer()
+        by = f'signed with key {signer.key_id}' if signer else 'not signed'
+        self.app.stdout.write(f'version {state.version}, {by}\n')

@@ -48,6 +48,17 @@ OPTS = [
         help='Bytes a second that one process takes from an HTTP repository '
              'at most. 0: no limit.'),
     cfg.StrOpt(
+        'signing_key',
+        help='File of the private key (PEM, ed25519) that signs what is '
+             'published; for builders. Keep it from everybody else. '
+             'Default: nothing is signed.'),
+    cfg.ListOpt(
+        'trusted_keys', default=[],
+        help='Files of public keys (PEM, ed25519). With any, only a '
+             'repository whose newest journal entry is signed with one of '
+             'them is believed, whoever serves it. Name the new key beside '
+             'the old one while keys are exchanged.'),
+    cfg.StrOpt(
         'ca_file',
         help='File of CA certificates for an https:// repository. Default: '
              'the system\'s.'),

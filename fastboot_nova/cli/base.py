@@ -18,7 +18,7 @@ def open_host(env: base.Environment, writable: bool = True) -> host.Host:
     return host.Host(
         env.host_path, env.open_store(), socket=env.shield_socket,
         threads=group.threads or None, volume_size=group.volume_size,
-        writable=writable)
+        writable=writable, trust=env.trust())
 
 
 def open_node(env: base.Environment, served: host.Host,

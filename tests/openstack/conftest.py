@@ -11,6 +11,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -113,9 +114,18 @@ class Clean:
 
     def image(self, image):
         """An image, by its id; returns that."""
-        self._stack.callback(self._user.cloud.image.delete_image, image,
-                             ignore_missing=True)
+        self._stack.callback(self._delete, image)
         return image
+
+    def _delete(self, image):
+        from openstack import exceptions
+        remove = self._user.cloud.image.delete_image
+        try:
+            remove(image, ignore_missing=True)
+        except exceptions.HttpException:
+            # Glance answers 500 if a property is written meanwhile.
+            time.sleep(2)
+            remove(image, ignore_missing=True)
 
     def boot(self, boot):
         """What ``user.boot`` returned; returns that."""
