@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # "make demo" and "make test" need nothing but a fresh Debian 12.
 .PHONY: help prepare sandbox sandbox-down demo demo-standalone test test-all \
-	test-cloud tempest lint docs bench clean
+	test-cloud tempest faults lint docs bench clean
 
 STATE ?= $(CURDIR)/.state
 SANDBOX = tools/sandbox --state-dir $(STATE)/sandbox
@@ -20,6 +20,8 @@ help:
 	@echo '                      end-to-end path in the cloud'
 	@echo 'make test-all         these and the slow ones'
 	@echo 'make tempest          Tempest, with Nova'\''s driver and with ours'
+	@echo 'make faults           break everything around guests that prove'
+	@echo '                      their disks [FAULTS=500] [SEED=1]'
 	@echo 'make bench            benchmarks; results in bench/results'
 	@echo 'make docs             documentation in doc/build/html'
 	@echo 'make clean            remove what all that left in .state'
@@ -71,6 +73,16 @@ tempest:
 	@tools/prepare test sandbox
 	@$(SANDBOX) up
 	$(CLOUD_PYTHON) tools/tempest --state-dir $(STATE)
+	@$(SANDBOX) down
+
+FAULTS ?= 500
+SEED ?= 1
+
+faults:
+	@tools/prepare test sandbox
+	@$(SANDBOX) up
+	$(CLOUD_PYTHON) tests/faults/harness.py --state-dir $(STATE)/sandbox \
+		--faults $(FAULTS) --seed $(SEED)
 	@$(SANDBOX) down
 
 ifeq ($(SUITE),openstack)

@@ -100,8 +100,7 @@ class Bench:
         """Make the host one that never held the image: no base, no slot."""
         self.user.forget_base(HOST, image)
         with self.stopped(AGENT):
-            node = self.user.layout.hosts[1]
-            volumes = self.user.layout.home(node) / 'fastboot/host/volumes'
+            volumes = self.user.home(HOST) / 'fastboot/host/volumes'
             subprocess.run(['rm', '-rf', volumes], check=True)
         self.user.wait(lambda: bool(self.user.ask_agent(
             HOST, 'GET', '/v1/status')), 60, 'the agent')

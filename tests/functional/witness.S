@@ -87,7 +87,11 @@ work:
  call write_page
  incw at
  call write_state
- call tick
+ testb $7, at
+ jnz 3f
+ movb $'.', %al
+ call print_byte
+3: call tick
  jmp work
 
 # The number of runs that are read: all on a disk of a server's size.

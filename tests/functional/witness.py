@@ -13,9 +13,9 @@ Some runs are read only on disks of a server's size. A builder's disk is
 smaller or larger, so they are never in a boot set.
 
 What it says on the console: ``login:`` after it has looked at everything
-once, ``<pass> passed`` after each pass, ``off`` when the power button was
-pressed, and ``BAD <page> <found> <expected>`` or ``EIO <page>``, after
-which it does nothing any more.
+once, a dot after every eight runs, ``<pass> passed`` after each pass, ``off``
+when the power button was pressed, and ``BAD <page> <found> <expected>`` or
+``EIO <page>``, after which it does nothing any more.
 """
 
 import dataclasses
@@ -134,3 +134,12 @@ def passes(console: str) -> int:
     found = re.search(r'(BAD|EIO).*', console)
     assert not found, found[0]
     return console.count(' passed')
+
+
+def steps(console: str) -> int:
+    """How often it got on by eight runs.
+
+    :raises AssertionError: it found something wrong.
+    """
+    passes(console)
+    return console.count('.')

@@ -31,6 +31,26 @@ def small_image(user, name, file, **more):
     return image
 
 
+def check_disk(user, server, disk):
+    """Look at the disk of a server that is off, through its chain.
+
+    :param disk: a ``witness.Witness``.
+    """
+    host = server.hypervisor_hostname
+    raw = user.instance_path(server).parent / f'{server.id}.check'
+    place = f'/var/lib/nova/instances/{server.id}'
+    try:
+        user.inside(host, 'qemu-img', 'convert', '-U', '-f', 'qcow2', '-O',
+                    'raw', f'{place}/disk', f'{place}.check')
+        with raw.open('rb') as file:
+            def read(offset, length):
+                file.seek(offset)
+                return file.read(length)
+            return disk.check(read)
+    finally:
+        raw.unlink(missing_ok=True)
+
+
 @contextlib.contextmanager
 def agent_down(user):
     user.sandbox('stop', AGENT)

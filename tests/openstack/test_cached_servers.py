@@ -50,7 +50,7 @@ def test_upload_to_prompt(user, guest, clean):
     assert found.traffic.glance == 0
     assert found.traffic.repository < 1 << 20
     # Nothing of the stock path was made.
-    base = user.layout.home(user.layout.hosts[1]) / 'nova/instances/_base'
+    base = user.home('h2') / 'nova/instances/_base'
     name = hashlib.sha1(image.encode()).hexdigest()
     assert [path.name for path in base.glob(name + '*')] == [name + '_sm']
 
@@ -60,7 +60,7 @@ def test_upload_to_prompt(user, guest, clean):
     # A guest keeps what it needs, also when the host has heard of it.
     user.wait(lambda: user.agent_state('h2', image) == 'stale', 120,
               'the host to hear of it')
-    volumes = user.layout.home(user.layout.hosts[1]) / 'fastboot/host/volumes'
+    volumes = user.home('h2') / 'fastboot/host/volumes'
     assert list(volumes.glob(f'*/images/{image}'))
     assert user.cloud.compute.get_server(
         found.server.id).status == 'ACTIVE'
@@ -92,8 +92,7 @@ def test_the_bytes_are_stocks(user, image, guest, clean, host):
     user.cloud.compute.stop_server(found.server.id)
     user.wait(lambda: user.cloud.compute.get_server(
         found.server.id).status == 'SHUTOFF', 120, 'the server to stop')
-    stub = next(user.layout.home(node) / 'nova/instances/_base'
-                 for node in user.layout.hosts if node.name == host)
+    stub = user.home(host) / 'nova/instances/_base'
     name = hashlib.sha1(image.encode()).hexdigest() + '_sm'
     read = digest(user, host, stub / name)
     raw = subprocess.run(
@@ -143,28 +142,10 @@ def test_restart_under_a_running_server(user, image, clean, service):
 def test_the_export_dies_under_a_running_server(user, image, clean):
     found = clean.boot(user.boot('export', image, 'h1', prompt=''))
     time.sleep(3)
-    for pid in pids_of(user, 'h1', 'nbdkit'):
+    for pid in user.processes('h1', 'nbdkit'):
         os.kill(pid, signal.SIGKILL)
     user.wait(lambda: 'login:' in user.console(found.server), 300,
               'the prompt')
-
-
-def pids_of(user, host, program):
-    """Processes of a program on a host."""
-    done = subprocess.run(
-        [pathlib.Path('tools/sandbox').resolve(), '--state-dir',
-         user.layout.state, 'exec', host, 'readlink', '/proc/self/ns/pid'],
-        capture_output=True, text=True, check=True, timeout=60)
-    space = done.stdout.strip()
-    found = []
-    for entry in pathlib.Path('/proc').glob('[0-9]*'):
-        try:
-            if (os.readlink(entry / 'ns/pid') == space
-                    and (entry / 'comm').read_text().strip() == program):
-                found.append(int(entry.name))
-        except OSError:
-            continue
-    return found
 
 
 def test_a_snapshot_becomes_a_cached_image(user, image, clean):

@@ -8,15 +8,14 @@ looked at once more when it is off.
 import contextlib
 import json
 import os
-import pathlib
 import re
 import signal
-import subprocess
 import time
 
 import pytest
 import witness
-from parts import small_image
+from openstack import exceptions
+from parts import check_disk, small_image
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -94,34 +93,8 @@ class Guest:
         return any(layer.endswith('_sm') for layer in self.chain())
 
 
-def inside(user, host, *words, check=True):
-    done = subprocess.run(
-        [pathlib.Path('tools/sandbox').resolve(), '--state-dir',
-         user.layout.state, 'exec', host, *map(str, words)],
-        capture_output=True, text=True, timeout=300)
-    assert not check or done.returncode == 0, done.stderr
-    return done.stdout
-
-
 def virsh(user, host, *words):
-    return inside(user, host, 'virsh', '-c', 'qemu:///system', *words)
-
-
-def check_disk(user, server, disk):
-    """Look at the disk of a server that is off, through its chain."""
-    host = server.hypervisor_hostname
-    raw = user.instance_path(server).parent / f'{server.id}.check'
-    place = f'/var/lib/nova/instances/{server.id}'
-    try:
-        inside(user, host, 'qemu-img', 'convert', '-U', '-f', 'qcow2', '-O',
-               'raw', f'{place}/disk', f'{place}.check')
-        with raw.open('rb') as file:
-            def read(offset, length):
-                file.seek(offset)
-                return file.read(length)
-            return disk.check(read)
-    finally:
-        raw.unlink(missing_ok=True)
+    return user.inside(host, 'virsh', '-c', 'qemu:///system', *words)
 
 
 @pytest.fixture(scope='module')
@@ -222,7 +195,7 @@ def test_resize(user, guest, end):
 
 
 def virtual_size(user, server):
-    text = inside(user, server.hypervisor_hostname, 'qemu-img', 'info', '-U',
+    text = user.inside(server.hypervisor_hostname, 'qemu-img', 'info', '-U',
                   f'/var/lib/nova/instances/{server.id}/disk')
     return int(re.search(r'virtual size:.*\((\d+) bytes\)', text)[1])
 
@@ -286,10 +259,16 @@ def dead_host(user, host):
         yield
     finally:
         user.sandbox('start', service)
-        user.wait(lambda: not list(compute.get(
-            f'/os-migrations?status=done&host={host}').json()['migrations']),
-            120, 'the old host to clean up')
-        compute.update_service_forced_down(row, host, 'nova-compute', False)
+
+        def is_up():
+            # Refused until the host has removed what was evacuated.
+            with contextlib.suppress(exceptions.HttpException):
+                compute.update_service_forced_down(
+                    row, host, 'nova-compute', False)
+                return True
+            return False
+
+        user.wait(is_up, 120, f'{host} to be up')
 
 
 def test_evacuate(user, guest, disk):
@@ -402,8 +381,7 @@ def test_interfaces(user, guest):
 
 
 def test_a_volume_at_libvirts_level(user, guest):
-    home = user.layout.home(next(
-        node for node in user.layout.hosts if node.name == guest.host))
+    home = user.home(guest.host)
     extra = home / 'nova/instances/extra.raw'
     extra.write_bytes(bytes(1 << 20))
     os.chmod(extra, 0o666)
@@ -424,8 +402,7 @@ def test_force_delete_with_a_dead_agent(user, guest):
         guest.compute.delete_server(guest.id, force=True)
         user.wait(lambda: guest.compute.find_server(guest.id) is None, 60,
                   'the server to go')
-        path = user.layout.home(next(
-            node for node in user.layout.hosts if node.name == host))
+        path = user.home(host)
         user.wait(lambda: not (path / 'nova/instances' / guest.id).exists(),
                   60, 'its disks to go')
     finally:
@@ -485,7 +462,7 @@ def test_host_reboot(user, guest):
                     f'libvirtd@{host}'):
         for pid in user.pids(service):
             os.kill(pid, signal.SIGKILL)
-    inside(user, host, 'sh', '-c', 'pkill -9 qemu-system; pkill -9 nbdkit; '
+    user.inside(host, 'sh', '-c', 'pkill -9 qemu-system; pkill -9 nbdkit; '
                                    'true')
     for service in (f'libvirtd@{host}', f'fastboot-agent@{host}',
                     f'nova-compute@{host}'):
@@ -522,7 +499,7 @@ def test_detach(user, start):
     off.stop()
 
     def detach(*words):
-        done = inside(user, 'h2', user.layout.bin('fastbootctl'), 'host',
+        done = user.inside('h2', user.layout.bin('fastbootctl'), 'host',
                       'detach', '-f', 'json', *words)
         return {row['Server']: row['State'] for row in json.loads(done)}
 
@@ -540,7 +517,7 @@ def test_detach(user, start):
         for service in ('fastboot-agent@h2', 'repository'):
             user.sandbox('stop', service)
             stack.callback(user.sandbox, 'start', service)
-        inside(user, 'h2', 'sh', '-c', 'pkill -9 nbdkit; true')
+        user.inside('h2', 'sh', '-c', 'pkill -9 nbdkit; true')
         running.goes_on()
         for guest in (off, running):
             if guest is running:

@@ -19,9 +19,9 @@ from typing import Any, Final
 import openstack
 from openstack import config
 
-from cloud import proxy_counters
+from cloud import node, proxy_counters
 from cloud.layout import Layout
-from cloud.process import Records
+from cloud.process import Records, members, namespace
 
 PROMPT: Final = 'login:'
 NETWORK: Final = 'private'
@@ -163,8 +163,7 @@ class User:
     def ask_agent(self, host: str, method: str, path: str,
                   body: Any = None) -> dict[str, Any]:
         """Call the local API of an agent."""
-        home = next(self.layout.home(node) for node in self.layout.hosts
-                    if node.name == host)
+        home = self.home(host)
         words = ['curl', '-s', '--max-time', '20', '-X', method,
                  '--unix-socket', str(home / 'fastboot/run/agent.sock'),
                  f'http://agent{path}']
@@ -232,9 +231,8 @@ class User:
 
     def instance_path(self, server: Any) -> pathlib.Path:
         """The directory of a server's disks, as this machine sees it."""
-        node = next(node for node in self.layout.hosts
-                    if node.name == server.hypervisor_hostname)
-        return self.layout.home(node) / 'nova/instances' / str(server.id)
+        return (self.home(server.hypervisor_hostname) / 'nova/instances'
+                / str(server.id))
 
     def driver_log(self, host: str, server: str) -> str:
         """fastboot's line about a server in nova-compute's log."""
@@ -255,24 +253,29 @@ class User:
 
     # Operators
 
-    def sandbox(self, *words: object) -> None:
+    def sandbox(self, *words: object, check: bool = True) -> str:
         """Run `tools/sandbox`, to stop, start or restart services.
 
-        :raises CloudError: it failed.
+        :returns: what it printed.
+        :raises CloudError: it failed, and `check` is true.
         """
         tool = pathlib.Path(__file__).resolve().parents[1] / 'sandbox'
         done = subprocess.run(
             [tool, '--state-dir', self.layout.state, *map(str, words)],
             capture_output=True, text=True, timeout=300)
-        if done.returncode:
+        if check and done.returncode:
             raise CloudError(f'sandbox {words}: {done.stdout}{done.stderr}')
+        return done.stdout
+
+    def inside(self, host: str, *words: object, check: bool = True) -> str:
+        """What a command prints that runs on a host; see :meth:`sandbox`."""
+        return self.sandbox('exec', host, *words, check=check)
 
     def forget_base(self, host: str, image: str) -> None:
         """Remove the bases of an image on a host, as Nova's cache manager
         does when no server there uses it."""
-        node = next(node for node in self.layout.hosts if node.name == host)
         name = hashlib.sha1(image.encode()).hexdigest()
-        for file in (self.layout.home(node) / 'nova/instances/_base').glob(
+        for file in (self.home(host) / 'nova/instances/_base').glob(
                 f'{name}*'):
             file.unlink()
 
@@ -286,14 +289,28 @@ class User:
             raise CloudError(f'{service} does not run')
         return [record.pid]
 
+    def home(self, host: str) -> pathlib.Path:
+        """The directory of a host."""
+        return next(self.layout.home(one) for one in self.layout.hosts
+                    if one.name == host)
+
+    def processes(self, host: str, program: str) -> list[int]:
+        """Processes on a host whose program's name begins so.
+
+        :raises CloudError: the host is not up.
+        """
+        record = Records(self.layout.run).get(f'node@{host}')
+        if record is None:
+            raise CloudError(f'{host} is not up')
+        return members(namespace(node.first_process(record)), program)
+
     # Spectators
 
     def traffic(self, host: str) -> Traffic:
         """What a host has read and written since its forwarder started."""
         counted = proxy_counters.read(
             self.layout.run / f'proxy-{host}.stats')
-        home = next(self.layout.home(node) for node in self.layout.hosts
-                    if node.name == host)
+        home = self.home(host)
         return Traffic(counted.get('glance', 0),
                        counted.get('repository', 0),
                        _blocks(home / 'nova', home / 'fastboot'))

@@ -114,7 +114,7 @@ def sshd(layout: Layout, node: Node) -> str:
         f'ListenAddress {node.address}', f'HostKey {layout.key}',
         f'AuthorizedKeysFile {layout.key}.pub', 'PidFile none',
         'PermitRootLogin prohibit-password', 'PasswordAuthentication no',
-        'UsePAM no', 'StrictModes no', ''])
+        'UsePAM no', 'StrictModes no', 'Subsystem sftp internal-sftp', ''])
 
 
 def qemu(node: Node) -> str:

@@ -1,0 +1,377 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+"""Guests that prove their disks, while what is around them breaks.
+
+Starts guests on both hosts of a sandbox that is up, then injects faults, one
+after the other, drawn by a seed. After each it waits until every guest goes
+on, and counts how long that took. A guest that finds a wrong byte or gets an
+I/O error ends the run. In the end the disks are read once more from outside,
+and nothing may be left: processes, leases, work.
+
+Run by "make faults [FAULTS=N] [SEED=N]".
+"""
+
+import argparse
+import collections
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import random
+import signal
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT / 'tools'), str(ROOT / 'tests' / 'openstack'),
+                str(ROOT)]
+
+import parts  # noqa: E402
+import witness  # noqa: E402
+from cloud import layout as layouts  # noqa: E402
+from cloud.user import Boot, CloudError, User  # noqa: E402
+
+from bench import result  # noqa: E402
+
+FLAVOR = 'm1.nano'
+#: Within this, everything must go on without a human (seconds).
+RECOVERY = 60
+POLL = 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class Guest:
+    """A server, and what its disk must hold."""
+
+    boot: Boot
+    disk: witness.Witness
+
+
+class Lab:
+    """A sandbox with guests in it."""
+
+    def __init__(self, user: User, rng: random.Random) -> None:
+        self.user = user
+        self.rng = rng
+        self.guests: list[Guest] = []
+        self.images: dict[str, witness.Witness] = {}
+
+    @property
+    def hosts(self) -> list[str]:
+        """Names of the compute hosts."""
+        return [node.name for node in self.user.layout.hosts]
+
+    # Guests
+
+    def image(self, name: str, directory: pathlib.Path) -> str:
+        """An image of a new disk, ready on all hosts."""
+        disk = witness.Witness()
+        file = disk.make(directory / f'{name}.raw')
+        image = self.user.upload(name, file, disk_format='raw')
+        file.unlink()
+        self.user.wait_built(image)
+        self.user.wait_on_hosts(image)
+        self.images[image] = disk
+        return image
+
+    def start(self, image: str, host: str, prompt: bool = True) -> Guest:
+        """A guest that has looked at all of its disk."""
+        boot = self.user.boot('fault', image, host, flavor=FLAVOR,
+                              prompt=witness.PROMPT if prompt else '')
+        return Guest(boot, self.images[image])
+
+    def steps(self, guest: Guest) -> int:
+        """How far a guest is.
+
+        :raises AssertionError: it found a wrong byte, or got an error.
+        """
+        return witness.steps(self.user.console(guest.boot.server))
+
+    def check(self, guest: Guest) -> None:
+        """Read a disk from outside; its guest is switched off for it."""
+        compute = self.user.cloud.compute
+        server = guest.boot.server
+        compute.stop_server(server.id)
+        self.user.wait(lambda: compute.get_server(server.id).status
+                       == 'SHUTOFF', 120, f'{server.id} to stop')
+        parts.check_disk(self.user, server, guest.disk)
+
+    # What is around them
+
+    @contextlib.contextmanager
+    def stopped(self, service: str, kill: bool) -> Iterator[None]:
+        """A service ends, and is started again as a supervisor would."""
+        if kill:
+            for pid in self.user.pids(service):
+                os.kill(pid, signal.SIGKILL)
+        else:
+            self.user.sandbox('stop', service)
+        try:
+            yield
+        finally:
+            self.user.sandbox('start', service)
+
+    @contextlib.contextmanager
+    def frozen(self, pids: list[int]) -> Iterator[None]:
+        """Processes that hang."""
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            for pid in pids:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGCONT)
+
+    @contextlib.contextmanager
+    def cut(self, host: str) -> Iterator[None]:
+        """A host without its management link."""
+        self.user.inside(host, 'ip', 'link', 'set', 'eth0', 'down')
+        try:
+            yield
+        finally:
+            self.user.inside(host, 'ip', 'link', 'set', 'eth0', 'up')
+
+
+@dataclasses.dataclass(frozen=True)
+class Fault:
+    """Something that breaks for some seconds."""
+
+    name: str
+    inject: Callable[[Lab], contextlib.AbstractContextManager[None]]
+
+
+def _service(name: str, kill: bool) -> Fault:
+    def inject(lab: Lab) -> contextlib.AbstractContextManager[None]:
+        service = name.replace('@', '@' + lab.rng.choice(lab.hosts))
+        return lab.stopped(service, kill)
+    return Fault(f'{name.rstrip("@")} {"killed" if kill else "restarted"}',
+                 inject)
+
+
+def _hang(name: str) -> Fault:
+    def inject(lab: Lab) -> contextlib.AbstractContextManager[None]:
+        service = name.replace('@', '@' + lab.rng.choice(lab.hosts))
+        return lab.frozen(lab.user.pids(service))
+    return Fault(f'{name.rstrip("@")} hangs', inject)
+
+
+@contextlib.contextmanager
+def _kill_export(lab: Lab) -> Iterator[None]:
+    pids = lab.user.processes(lab.rng.choice(lab.hosts), 'nbdkit')
+    if pids:
+        os.kill(lab.rng.choice(pids), signal.SIGKILL)
+    yield
+
+
+@contextlib.contextmanager
+def _kill_exports(lab: Lab) -> Iterator[None]:
+    """Export, shield and agent at once."""
+    host = lab.rng.choice(lab.hosts)
+    for pid in lab.user.processes(host, 'nbdkit'):
+        os.kill(pid, signal.SIGKILL)
+    with lab.stopped(f'fastboot-agent@{host}', kill=True):
+        yield
+
+
+def _hang_export(lab: Lab) -> contextlib.AbstractContextManager[None]:
+    return lab.frozen(lab.user.processes(lab.rng.choice(lab.hosts), 'nbdkit'))
+
+
+def _cut(lab: Lab) -> contextlib.AbstractContextManager[None]:
+    return lab.cut(lab.rng.choice(lab.hosts))
+
+
+@contextlib.contextmanager
+def _flip(lab: Lab) -> Iterator[None]:
+    """A bit of what a host keeps of the repository is another."""
+    kept = lab.user.home(lab.rng.choice(lab.hosts)) / 'fastboot/host/mirror'
+    files = sorted(path for name in ('packs', 'manifests')
+                   for path in (kept / name).rglob('*') if path.is_file())
+    if files:
+        path = lab.rng.choice(files)
+        with path.open('r+b') as file:
+            place = lab.rng.randrange(max(path.stat().st_size, 1))
+            file.seek(place)
+            byte = file.read(1)
+            file.seek(place)
+            file.write(bytes([byte[0] ^ (1 << lab.rng.randrange(8))]))
+    yield
+
+
+@contextlib.contextmanager
+def _come_and_go(lab: Lab) -> Iterator[None]:
+    """A server comes while an agent is away, and goes."""
+    host = lab.rng.choice(lab.hosts)
+    image = lab.rng.choice(sorted(lab.images))
+    with lab.stopped(f'fastboot-agent@{host}', kill=True):
+        guest = lab.start(image, host)
+    lab.steps(guest)
+    lab.user.delete(guest.boot.server)
+    yield
+
+
+FAULTS = [
+    *(_service(name, kill)
+      for name in ('fastboot-agent@', 'fastboot-builder', 'redis',
+                   'rabbitmq', 'glance', 'repository', 'libvirtd@',
+                   'nova-compute@') for kill in (True, False)
+      if not (name == 'rabbitmq' and kill)),
+    *(_hang(name) for name in ('fastboot-agent@', 'fastboot-builder',
+                               'repository', 'redis', 'rabbitmq',
+                               'glance')),
+    Fault('a server of the export killed', _kill_export),
+    Fault('export, shield and agent killed', _kill_exports),
+    Fault('export hangs', _hang_export),
+    Fault('link cut', _cut),
+    Fault('a bit of the mirror flipped', _flip),
+    Fault('a server comes while the agent is away', _come_and_go),
+]
+#: The quick ones are drawn more often: they hit the guests' own path.
+OFTEN = {'fastboot-agent killed', 'a server of the export killed',
+         'export, shield and agent killed', 'export hangs',
+         'repository hangs', 'fastboot-agent hangs', 'link cut',
+         'a bit of the mirror flipped', 'repository killed'}
+
+
+@dataclasses.dataclass
+class Toll:
+    """What a run came to, in seconds."""
+
+    recovered: dict[str, list[float]]
+    stalls: list[float]
+
+
+def run(lab: Lab, count: int, directory: pathlib.Path,
+        say: Callable[[str], None]) -> Toll:
+    """Inject faults.
+
+    :raises AssertionError: a guest was harmed, or did not go on.
+    """
+    images = [lab.image(f'fault-{number}', directory) for number in range(2)]
+    toll = Toll(collections.defaultdict(list), [])
+    for host in lab.hosts:
+        for image in images:
+            lab.guests.append(lab.start(image, host))
+    weights = [4 if fault.name in OFTEN else 1 for fault in FAULTS]
+    for number in range(count):
+        (fault,) = lab.rng.choices(FAULTS, weights)
+        seconds = lab.rng.choice((0.0, 0.3, 1.0, 3.0))
+        # A new guest now and then: blocks that nobody has read yet.
+        if number % 25 == 24:
+            renew(lab, images)
+        say(f'{number + 1}/{count} {fault.name}, {seconds} s')
+        with fault.inject(lab):
+            time.sleep(seconds)
+        took = recover(lab)
+        toll.recovered[fault.name].append(took)
+        toll.stalls.append(took + seconds)
+    return toll
+
+
+def renew(lab: Lab, images: list[str]) -> None:
+    """Another guest in the place of one, on a host without its blocks."""
+    old = lab.guests.pop(0)
+    lab.check(old)
+    lab.user.delete(old.boot.server)
+    host = str(old.boot.server.hypervisor_hostname)
+    lab.guests.append(lab.start(lab.rng.choice(images), host))
+
+
+def recover(lab: Lab) -> float:
+    """Wait until all guests go on; seconds."""
+    began = time.monotonic()
+    before = [lab.steps(guest) for guest in lab.guests]
+    left = set(range(len(lab.guests)))
+    while left:
+        left = {one for one in left
+                if lab.steps(lab.guests[one]) <= before[one]}
+        assert time.monotonic() - began < RECOVERY, (
+            f'guests {left} do not go on after {RECOVERY} s')
+        time.sleep(POLL)
+    return time.monotonic() - began
+
+
+def settle(lab: Lab) -> dict[str, int]:
+    """What is left when all is over; all zero if nothing leaked."""
+    for guest in lab.guests:
+        lab.check(guest)
+        lab.user.delete(guest.boot.server)
+    left: dict[str, int] = {}
+    for host in lab.hosts:
+        left[f'{host}: nbdkits beyond two'] = len(
+            lab.user.processes(host, 'nbdkit')) - 2
+        left[f'{host}: guests'] = len(lab.user.processes(host, 'qemu-system'))
+        home = lab.user.home(host)
+        left[f'{host}: temporary files'] = sum(
+            name.endswith(('.tmp', '.new', '.part'))
+            for _, _, names in os.walk(home / 'fastboot/host')
+            for name in names)
+    work = lab.user.layout.home(lab.user.layout.control) / 'fastboot/work'
+    left['builder: work'] = len(list(work.glob('*'))) \
+        if work.exists() else 0
+    return left
+
+
+def report(table: result.Table, toll: Toll, left: dict[str, int],
+           seed: int, seconds: float) -> None:
+    """The figures."""
+    count = sum(map(len, toll.recovered.values()))
+    table.add('faults injected, and survived by all guests', count,
+              'faults', 500, '>=', note=f'seed {seed}, {seconds:.0f} s')
+    table.add('wrong bytes and I/O errors in guests', 0, 'events', 0)
+    for name, values in sorted(toll.recovered.items()):
+        table.add(f'until guests go on: {name}', statistics.median(values),
+                  's', note=f'at most {max(values):.1f} s',
+                  runs=len(values))
+    table.add('longest until guests go on',
+              max(max(values) for values in toll.recovered.values()), 's',
+              RECOVERY)
+    table.add('left in the end', sum(map(abs, left.values())), 'things', 0,
+              note=', '.join(f'{name} {value}'
+                             for name, value in left.items() if value))
+
+
+def main() -> int:
+    """Status 1 if a guest was harmed, or something is left."""
+    parser = argparse.ArgumentParser(prog='faults', description=__doc__)
+    parser.add_argument('--state-dir', type=pathlib.Path, required=True,
+                        help='of the sandbox, which is up')
+    parser.add_argument('--faults', type=int, default=500)
+    parser.add_argument('--seed', type=int, default=1)
+    parser.add_argument('--no-results', action='store_true',
+                        help='print only')
+    args = parser.parse_args()
+    user = User(layouts.load(args.state_dir.absolute()))
+    lab = Lab(user, random.Random(args.seed))
+    table = result.Table('faults')
+    if args.no_results:
+        table.save = lambda: None  # type: ignore[method-assign]
+    began = time.monotonic()
+    try:
+        toll = run(lab, args.faults, args.state_dir, _say(began))
+        left = settle(lab)
+    except (AssertionError, CloudError) as error:
+        print(f'FAILED, seed {args.seed}: {error}', file=sys.stderr)
+        for guest in lab.guests:
+            print(guest.boot.server.id, json.dumps(
+                user.console(guest.boot.server)[-200:]), file=sys.stderr)
+        return 1
+    report(table, toll, left, args.seed, time.monotonic() - began)
+    for image in lab.images:
+        user.cloud.image.delete_image(image, ignore_missing=True)
+    return int(any(left.values()))
+
+
+def _say(began: float) -> Callable[[str], None]:
+    def say(text: str) -> None:
+        print(f'[{time.monotonic() - began:6.0f} s] {text}', flush=True)
+    return say
+
+
+if __name__ == '__main__':
+    sys.exit(main())
