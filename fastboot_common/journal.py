@@ -99,8 +99,7 @@ class Removed:
     @property
     def age(self) -> float:
         """Seconds since then."""
-        now = datetime.datetime.now(datetime.UTC)
-        return (now - _moment(self.time)).total_seconds()
+        return age(self.time)
 
 
 @dataclasses.dataclass
@@ -112,6 +111,8 @@ class State:
     :ivar packs: size (bytes) by digest.
     :ivar removed: images by serial (as text) that were deregistered and
         whose packs are still kept, for hosts that have guests of them.
+    :ivar retired: packs that were rewritten, and when (ISO 8601): kept for
+        hosts that have not heard of it.
     """
 
     version: int = 0
@@ -120,6 +121,7 @@ class State:
     images: dict[str, Image] = dataclasses.field(default_factory=dict)
     packs: dict[str, int] = dataclasses.field(default_factory=dict)
     removed: dict[str, 'Removed'] = dataclasses.field(default_factory=dict)
+    retired: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def to_json(self) -> bytes:
         """The state as a checkpoint holds it."""
@@ -140,7 +142,8 @@ class State:
             state = cls(int(raw['version']), raw['previous'],
                         int(raw['checkpoint']), images,
                         _packs([{'digest': d, 'size': s}
-                                for d, s in raw['packs'].items()]), removed)
+                                for d, s in raw['packs'].items()]), removed,
+                        dict(raw.get('retired', {})))
             for key, image in images.items():
                 image.check()
                 if key != image.image_id:
@@ -150,6 +153,10 @@ class State:
                 _moment(gone.time)
                 if key != str(gone.image.serial):
                     raise ValueError(f'serial {key!r}')
+            for moment in state.retired.values():
+                _moment(moment)
+            if not state.retired.keys() <= state.packs.keys():
+                raise ValueError('retired packs')
             if state.previous is not None and not _DIGEST.fullmatch(
                     state.previous) or not 0 <= state.checkpoint <= (
                     state.version):
@@ -167,6 +174,7 @@ class State:
         self.images = dict(self.images)
         self.packs = dict(self.packs)
         self.removed = dict(self.removed)
+        self.retired = dict(self.retired)
         return self
 
     def by_serial(self, serial: int) -> Image | None:
@@ -190,6 +198,12 @@ def _moment(text: str) -> datetime.datetime:
     if moment.tzinfo is None:
         raise ValueError(f'{text!r} has no time zone')
     return moment
+
+
+def age(time: str) -> float:
+    """Seconds since a time of the journal (ISO 8601)."""
+    now = datetime.datetime.now(datetime.UTC)
+    return (now - _moment(time)).total_seconds()
 
 
 def find(state: State, image_id: str) -> Image:
@@ -329,11 +343,17 @@ def _repack(state: State, entry: dict[str, Any]) -> None:
         image.check()
         state.images[image_id] = image
     state.packs.update(_packs(entry['packs']))
+    _moment(entry['time'])
+    for digest in entry.get('retired', []):
+        if digest not in state.packs:
+            raise ValueError(f'retired pack {digest!r}')
+        state.retired[digest] = entry['time']
 
 
 def _drop(state: State, entry: dict[str, Any]) -> None:
     for digest in entry['packs']:
         state.packs.pop(digest, None)
+        state.retired.pop(digest, None)
     for serial in entry['serials']:
         state.removed.pop(str(serial), None)
 

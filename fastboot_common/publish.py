@@ -34,7 +34,7 @@ LOG = logging.getLogger(__name__)
 #: Plain bytes that are read and hashed as one piece of work.
 _BATCH: Final = 4 * pack.FRAME
 #: Plain bytes of a pack: bounds its index, and what gc can free at once.
-_PACK: Final = 256 << 20
+PACK: Final = 256 << 20
 #: New blocks that another publisher stored meanwhile are stored twice up to
 #: this share of ours; beyond it, publishing starts again.
 _TOLERATED_DUPLICATES: Final = 0.05
@@ -227,7 +227,9 @@ class _Work:
     # What others did
 
     def _catch_up(self, state: journal.State) -> None:
-        self._index.update(state.packs, lambda digest: (
+        # Nothing new is to need a pack that is on its way out.
+        wanted = state.packs.keys() - state.retired.keys()
+        self._index.update(wanted, lambda digest: (
             self._repository.pack_index(self._repository.pack_ref(
                 digest, state.packs[digest]))))
 
@@ -250,7 +252,8 @@ class _Work:
         } - ours - state.packs.keys()
         if gone:
             raise _Repeat(f'{len(gone)} packs were dropped meanwhile')
-        others = state.packs.keys() - self._index.packs().keys() - ours
+        others = (state.packs.keys() - state.retired.keys()
+                  - self._index.packs().keys() - ours)
         if not others:
             return
         self._catch_up(state)
@@ -394,7 +397,7 @@ class _Work:
             scanned.blocks, where[:, 0] & 0xFFFFFFFF, where[:, 1]))
 
     def _open_writer(self) -> pack.PackWriter:
-        full = _PACK // self._draft.block_size
+        full = PACK // self._draft.block_size
         if self._writer is None or self._writer.blocks >= full:
             self._writer = pack.PackWriter(
                 self._target.scratch(), self._draft.block_size, self._level,

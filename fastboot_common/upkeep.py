@@ -226,7 +226,9 @@ def collect(repository: Repository, retention: float, grace: float,
         serials = sorted(int(serial) for serial, gone
                          in state.removed.items() if gone.age >= retention)
         needed = _needed(repository, state, serials)
-        packs = sorted(state.packs.keys() - needed)
+        young = {digest for digest, moment in state.retired.items()
+                 if journal.age(moment) < retention}
+        packs = sorted(state.packs.keys() - needed - young)
         result.images, result.packs = len(serials), len(packs)
         if dry_run or not (serials or packs):
             result.bytes = sum(state.packs[digest] for digest in packs)

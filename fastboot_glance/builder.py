@@ -21,7 +21,7 @@ from oslo_config import cfg
 from oslo_log import log as logging
 from oslo_service import systemd
 
-from fastboot_common import exception, publish, rpc, upkeep
+from fastboot_common import exception, publish, repack, rpc, upkeep
 from fastboot_common.cli import base
 from fastboot_common.conf import opts
 from fastboot_common.repository import Repository
@@ -198,6 +198,13 @@ class Builder:
 
     def _collect(self, repository: Repository) -> None:
         group = self._conf.repository
+        moved = repack.repack(
+            repository, group.repack_below / 100,
+            level=group.boot_compression_level,
+            threads=group.threads or None)
+        if moved.retired:
+            LOG.info('upkeep: rewrote %d packs, %d bytes into %d',
+                     moved.retired, moved.before, moved.after)
         done = upkeep.collect(repository, group.retention_days * 86400,
                               group.grace_hours * 3600)
         if done.files:

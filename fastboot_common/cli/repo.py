@@ -5,7 +5,7 @@ import argparse
 import pathlib
 from typing import Any
 
-from fastboot_common import exception, repository, upkeep
+from fastboot_common import exception, repack, repository, upkeep
 from fastboot_common.cli import base, progress
 from fastboot_common.store import local
 
@@ -95,14 +95,21 @@ class Gc(base.ShowOne):
         """Collect and say what went."""
         group = self.env.conf.repository
         days, hours = parsed_args.retention_days, parsed_args.grace_hours
+        found = self.env.writable_repository()
+        moved = repack.repack(
+            found, group.repack_below / 100,
+            level=group.boot_compression_level,
+            threads=group.threads or None, dry_run=parsed_args.dry_run)
         done = upkeep.collect(
-            self.env.writable_repository(),
+            found,
             (group.retention_days if days is None else days) * 86400,
             (group.grace_hours if hours is None else hours) * 3600,
             parsed_args.dry_run)
         return self.dict2columns({
             'dry_run': parsed_args.dry_run, 'images': done.images,
-            'packs': done.packs, 'files': done.files, 'bytes': done.bytes})
+            'packs': done.packs, 'files': done.files, 'bytes': done.bytes,
+            'repacked': moved.retired, 'repacked_from': moved.before,
+            'repacked_to': moved.after})
 
 
 class Checkpoint(base.Command):

@@ -31,6 +31,12 @@ OPTS = [
         'retention_days', default=7.0, min=0,
         help='Days that packs of a deregistered image are kept, for hosts '
              'that still have guests of it.'),
+    cfg.IntOpt(
+        'repack_below', default=50, min=0, max=100,
+        help='Percent of a pack\'s blocks that images need below which gc '
+             'rewrites the pack; the old one goes after "retention_days". '
+             'Higher: less space, and hosts fetch boot sets again that were '
+             'in such packs. 0: never.'),
     cfg.FloatOpt(
         'grace_hours', default=24.0, min=0,
         help='Hours that gc leaves a file alone that no journal entry names: '

@@ -93,7 +93,7 @@ def test_the_boot_set_lies_in_order(tmp_path, repo):
 
 
 def test_packs_of_bounded_size(tmp_path, repo, monkeypatch):
-    monkeypatch.setattr(publish, '_PACK', 1 << 20)
+    monkeypatch.setattr(publish, 'PACK', 1 << 20)
     data = disk(5 << 20, 1, zeros=0.1)
     done = put(repo, tmp_path / 'work', 'image', data, boot=range(300))
     found = repo.read_manifest(done.image.manifest)

@@ -31,6 +31,7 @@ def _common(layout: Layout, node: Node) -> Sections:
             'concurrency_backend': 'threading',
             'periodic_fuzzy_delay': 0,
             'report_interval': 2,
+            'service_down_time': 20,
             'graceful_shutdown_timeout': 4,
             'manager_shutdown_timeout': 2,
             'allow_resize_to_same_host': True,
