@@ -47,17 +47,32 @@ class FastbootLibvirtDriver(driver.LibvirtDriver):
                      **kwargs: Any) -> Any:
         # Nova destroys the domain first and makes missing bases last. Also
         # the way of every start (power_on, resume_state_on_host_boot).
-        directory = pathlib.Path(libvirt_utils.get_instance_path(instance))
-        for disk in sorted(directory.glob('disk*')):
-            self._prepare(instance, disk)
+        self._prepare(instance)
         return super()._hard_reboot(context, instance, *args, **kwargs)
 
-    def _prepare(self, instance: Any, disk: pathlib.Path) -> None:
-        stub = backend.stub_of(str(disk))
-        if stub is not None:
-            image = self.image_backend.by_libvirt_path(instance, str(disk))
-            image.restore(stub, instance.image_ref)
-            backend.check_chain(str(disk))
+    def pre_live_migration(self, context: Any, instance: Any, *args: Any,
+                           **kwargs: Any) -> Any:
+        """See to it that this host, the destination, has the chain.
+
+        Nova makes disks and bases only where hosts do not share them; the
+        volume below them is never shared.
+        """
+        data = super().pre_live_migration(context, instance, *args, **kwargs)
+        self._prepare(instance)
+        return data
+
+    def _prepare(self, instance: Any) -> None:
+        """Have here what the disks of a server lie on.
+
+        :raises InvalidDiskInfo: it does not come.
+        """
+        directory = pathlib.Path(libvirt_utils.get_instance_path(instance))
+        for disk in sorted(map(str, directory.glob('disk*'))):
+            stub = backend.stub_of(disk)
+            if stub is not None:
+                image = self.image_backend.by_libvirt_path(instance, disk)
+                image.restore(stub, instance.image_ref)
+                backend.check_chain(disk)
 
     def cache_image(self, context: Any, image_id: str) -> bool:
         """Bring all of an image to this host, before any server."""
