@@ -244,36 +244,6 @@ def test_live_migration_to_a_host_without_the_stub(user, guest, image):
     guest.check()
 
 
-@pytest.fixture
-def shared(user):
-    """h2 has h1's instances_path, as with NFS; volumes are each its own."""
-    place = user.layout.home(user.layout.hosts[0]) / 'nova/instances'
-    user.inside('h2', 'mount', '--bind', place, '/var/lib/nova/instances')
-    yield
-    user.inside('h2', 'umount', '/var/lib/nova/instances')
-
-
-def test_live_migration_with_shared_instances(user, shared, start):
-    guest = start()
-    disk = user.home('h1') / 'nova/instances' / guest.id / 'disk'
-    before = disk.stat().st_ino
-    for new in ('h2', 'h1'):
-        guest.compute.live_migrate_server(guest.id, host=new,
-                                          block_migration='auto')
-        user.wait(lambda there=new: guest.server.status == 'ACTIVE'
-                  and guest.host == there, 180, f'it to be on {new}')
-        witness_goes_on(user, disk.with_name('console.log'))
-    assert disk.stat().st_ino == before
-    assert guest.is_ours()
-    guest.check()
-
-
-def witness_goes_on(user, console):
-    began = witness.steps(console.read_text())
-    user.wait(lambda: witness.steps(console.read_text()) != began, 60,
-              'the guest to go on')
-
-
 @contextlib.contextmanager
 def dead_host(user, host):
     """nova-compute and all guests of a host are gone."""
