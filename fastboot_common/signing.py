@@ -86,7 +86,8 @@ class Trust:
                 f'which is not one of [repository] trusted_keys')
         try:
             key.verify(value, _message(entry, repository))
-        except InvalidSignature:
+        # JSON may hold what has no canonical form, such as half a character.
+        except (InvalidSignature, ValueError, RecursionError):
             raise exception.Corrupt(
                 f'journal entry {number}: its signature is wrong; the '
                 f'repository must not be trusted') from None

@@ -39,12 +39,10 @@ class Disk:
     """A disk on local blocks.
 
     :ivar stub: what it lies on.
-    :ivar size: that its server sees (bytes).
     """
 
     path: pathlib.Path
     stub: pathlib.Path
-    size: int
 
     @property
     def server(self) -> str:
@@ -70,7 +68,7 @@ def find(instances: pathlib.Path) -> Iterator[Disk]:
             stub = pathlib.Path(found[0])
             if stub.name.endswith(SUFFIX) and (
                     not stub.exists() or overlay.read_stub(stub)):
-                yield Disk(path, stub, found[1])
+                yield Disk(path, stub)
 
 
 class Detacher:
@@ -156,8 +154,8 @@ class Detacher:
         files.sync_directory(disk.base.parent)
 
     def _pull(self, disk: Disk, domain: Any, told: Progress) -> None:
-        _check_room(disk.path.parent, disk.size
-                    - disk.path.stat().st_blocks * 512)
+        _check_room(disk.path.parent,
+                    overlay.follow(disk.stub).virtual_size)
         name = str(disk.path)
         try:
             if not domain.blockJobInfo(name):

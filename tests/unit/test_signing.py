@@ -98,6 +98,7 @@ def test_what_is_not_signed(repo, keys, tmp_path):
     lambda entry: entry['packs'].append({'digest': 'cd' * 32, 'size': 5}),
     lambda entry: entry.update(time='2001-01-01T00:00:00+00:00'),
     lambda entry: entry.update(more='x'),
+    lambda entry: entry.update(more=float('nan')),
     lambda entry: entry.update(signature=None),
     lambda entry: entry.update(signature='x'),
     lambda entry: entry.update(signature={'key': entry['signature']['key']}),
@@ -132,6 +133,18 @@ def test_a_server_that_adds_an_entry(repo, keys, tmp_path):
     good = json.loads(path(repo, 1).read_bytes())['signature']
     rewrite(repo, 2, lambda entry: entry.update(signature=good))
     with pytest.raises(exception.Corrupt, match='signature is wrong'):
+        found.state()
+
+
+@pytest.mark.parametrize('more', [
+    rb'"\ud800"', b'[' * 400 + b']' * 400, b'1' * 4000, b'-1e999'])
+def test_entries_without_a_canonical_form(repo, keys, tmp_path, more):
+    publish(signed(repo, keys[0]), tmp_path, 'a')
+    data = path(repo, 1).read_bytes()
+    path(repo, 1).unlink()
+    path(repo, 1).write_bytes(data[:-1] + b',"more":' + more + b'}')
+    found = repository.Repository(repo.store, trust=trust(keys[0]))
+    with pytest.raises(exception.Corrupt):
         found.state()
 
 

@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Detaching disks of servers that are off; running ones are the cloud's."""
+
+import contextlib
+import os
+import pathlib
+import shutil
+import subprocess
+import types
+
+import pytest
+from images import World, fast_directory
+
+from fastboot_common import chain, exception, overlay
+from fastboot_nova import detach
+
+pytestmark = pytest.mark.skipif(
+    not shutil.which('nbdkit'), reason='needs nbdkit')
+
+SIZE = 1 << 20
+
+
+@pytest.fixture
+def place():
+    """Two servers on one image, part of which is not on the host."""
+    with fast_directory() as path, contextlib.ExitStack() as stack:
+        world = World(path, block_size=16384)
+        world.publish('image', os.urandom(SIZE), boot=range(8))
+        host = stack.enter_context(world.host())
+        host.sync()
+        stack.enter_context(world.export())
+        link = host.acquire('image', 'nova')
+        instances = path / 'instances'
+        (instances / '_base').mkdir(parents=True)
+        stub = instances / '_base' / f'{overlay.base_name("image")}_sm'
+        chain.make_stub(stub, link)
+        disks = []
+        for name in ('one', 'two'):
+            (instances / name).mkdir()
+            disk = instances / name / 'disk'
+            chain.make_disk(disk, stub, 2 * SIZE)
+            disks.append(disk)
+            (instances / name / 'disk.config').write_bytes(bytes(4096))
+            (instances / name / 'console.log').write_text('disk')
+        subprocess.run(['qemu-io', '-c', 'write -P 7 4k 8k', disks[1]],
+                       check=True, capture_output=True, timeout=60)
+        yield types.SimpleNamespace(
+            world=world, instances=instances, stub=stub, disks=disks,
+            base=stub.with_name(overlay.base_name('image')))
+
+
+class Nobody:
+    """libvirt without guests."""
+
+    def listAllDomains(self):  # noqa: N802
+        return []
+
+
+def work(place):
+    return detach.Detacher(place.instances, Nobody())
+
+
+def content(path):
+    raw = pathlib.Path(f'{path}.raw')
+    subprocess.run(['qemu-img', 'convert', '-U', '-f', 'qcow2', '-O', 'raw',
+                    path, raw], check=True, timeout=60)
+    data = raw.read_bytes()
+    raw.unlink()
+    return data
+
+
+def run(place):
+    told = []
+    for disk in detach.find(place.instances):
+        work(place).detach(disk, told.append)
+    return told
+
+
+def test_disks_become_plain(place):
+    before = [content(disk) for disk in place.disks]
+    found = list(detach.find(place.instances))
+    assert [(disk.server, disk.path.name) for disk in found] == [
+        ('one', 'disk'), ('two', 'disk')]
+    assert sum(run(place)) >= SIZE
+    assert list(detach.find(place.instances)) == []
+    # Neither volume nor export nor stub are needed any more.
+    shutil.rmtree(place.world.path / 'host')
+    place.stub.unlink()
+    assert [content(disk) for disk in place.disks] == before
+    assert before[0][:SIZE] == place.world.data['image']
+    for disk in place.disks:
+        assert overlay.read_backing(disk) == (str(place.base), 2 * SIZE)
+    assert place.base.stat().st_mode & 0o777 == 0o644
+    assert sorted(path.name for path in place.base.parent.iterdir()) == [
+        place.base.name]
+
+
+def test_a_base_of_novas_is_used(place):
+    place.base.write_bytes(place.world.data['image'])
+    inode = place.base.stat().st_ino
+    run(place)
+    assert place.base.stat().st_ino == inode
+    assert content(place.disks[0])[:SIZE] == place.world.data['image']
+
+
+def test_a_base_of_other_content_is_left_alone(place):
+    place.base.write_bytes(place.world.data['image'][:-1] + b'!')
+    before = content(place.disks[0])
+    with pytest.raises(exception.Corrupt, match='left alone'):
+        run(place)
+    assert content(place.disks[0]) == before
+    assert place.base.read_bytes().endswith(b'!')
+    assert len(list(detach.find(place.instances))) == 2
+
+
+def test_a_stub_that_is_gone(place):
+    place.stub.unlink()
+    with pytest.raises(exception.NotFound, match='start the server once'):
+        run(place)
+
+
+def test_no_room(place, monkeypatch):
+    monkeypatch.setattr(shutil, 'disk_usage', lambda path:
+                        types.SimpleNamespace(free=1 << 30))
+    with pytest.raises(exception.NoSpace, match='MiB'):
+        run(place)
+    assert not place.base.exists()
+
+
+def test_killed_while_the_base_is_made(place):
+    """What a killed run left is in nobody's way."""
+    left = place.base.with_name(f'.{place.base.name}.detach')
+    left.write_bytes(b'half')
+    run(place)
+    assert not left.exists()
+    assert content(place.disks[0])[:SIZE] == place.world.data['image']
+
+
+def test_without_the_export(place):
+    place.world.socket.unlink()
+    before = place.disks[0].read_bytes()
+    with pytest.raises(exception.CommandFailed):
+        run(place)
+    assert place.disks[0].read_bytes() == before
+    assert not place.base.exists()
+
+
+@pytest.mark.parametrize('data', [
+    b'', b'QFI\xfb', b'QFI\xfb' + os.urandom(200), os.urandom(4096),
+    b'QFI\xfb' + b'\xff' * 100])
+def test_disks_that_are_none(place, data):
+    (place.instances / 'three').mkdir()
+    (place.instances / 'three' / 'disk').write_bytes(data)
+    assert len(list(detach.find(place.instances))) == 2
