@@ -104,6 +104,8 @@ class Bench:
             subprocess.run(['rm', '-rf', volumes], check=True)
         self.user.wait(lambda: bool(self.user.ask_agent(
             HOST, 'GET', '/v1/status')), 60, 'the agent')
+        # It looks at the repository first; hosts seldom start just then.
+        time.sleep(10)
         _forget_pages()
 
     @contextlib.contextmanager

@@ -85,7 +85,7 @@ OPTS = [
 
     # Guests
     cfg.FloatOpt(
-        'acquire_wait', default=0.8, min=0.05, max=60,
+        'acquire_wait', default=0.5, min=0.05, max=60,
         help='Seconds that a guest that comes waits for its boot set to be '
              'thawed, or for an eviction to end, before it takes the stock '
              'path. Must be lower than nova-compute\'s own limit.'),

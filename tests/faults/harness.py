@@ -105,8 +105,9 @@ class Lab:
     def stopped(self, service: str, kill: bool) -> Iterator[None]:
         """A service ends, and is started again as a supervisor would."""
         if kill:
+            # With its workers, as a supervisor that finds it dead does.
             for pid in self.user.pids(service):
-                os.kill(pid, signal.SIGKILL)
+                os.killpg(os.getpgid(pid), signal.SIGKILL)
         else:
             self.user.sandbox('stop', service)
         try:
