@@ -39,8 +39,12 @@ from fastboot_common import (
 LOG = logging.getLogger(__name__)
 
 DEFAULT_SIZE: Final = 8 << 40
-#: What a libvirt or qemu-img that probes the file reports.
-POISON: Final = '/nonexistent/fastboot-volume-must-be-opened-through-a-slot'
+_POISON_PREFIX: Final = '/nonexistent/fastboot'
+#: What a libvirt or qemu-img that probes the file reports; so, what Nova's
+#: own driver says when it is to start a server of ours.
+POISON: Final = (f'{_POISON_PREFIX}/this-disk-needs-compute_driver='
+                 f'fastboot.FastbootLibvirtDriver,'
+                 f'or-fastbootctl-host-detach-before-that-is-removed')
 #: L2 tables that are built in memory at once when a slot is made.
 _TABLES_AT_ONCE: Final = 512
 #: What `check` lists of one image at most.
@@ -163,7 +167,7 @@ class Volume:
     def _check_poison(self) -> None:
         header = qcow2.Header.unpack(
             os.pread(self._fd, qcow2.HEADER_LIMIT, 0))
-        if header.backing != POISON:
+        if not (header.backing or '').startswith(_POISON_PREFIX):
             raise exception.Corrupt(f'{self.file}: not a volume')
         if 1 << header.cluster_bits != self.block_size:
             raise exception.Invalid(

@@ -68,7 +68,9 @@ class Lab:
 
     def image(self, name: str, directory: pathlib.Path) -> str:
         """An image of a new disk, ready on all hosts."""
-        disk = witness.Witness()
+        # It takes a guest a while to see it all for the first time, through
+        # whatever breaks meanwhile.
+        disk = witness.Witness(size=96 << 20, lazy=2048)
         file = disk.make(directory / f'{name}.raw')
         image = self.user.upload(name, file, disk_format='raw')
         file.unlink()
@@ -77,10 +79,9 @@ class Lab:
         self.images[image] = disk
         return image
 
-    def start(self, image: str, host: str, prompt: bool = True) -> Guest:
-        """A guest that has looked at all of its disk."""
-        boot = self.user.boot('fault', image, host, flavor=FLAVOR,
-                              prompt=witness.PROMPT if prompt else '')
+    def start(self, image: str, host: str) -> Guest:
+        """A guest; it begins to look at all of its disk."""
+        boot = self.user.boot('fault', image, host, flavor=FLAVOR, prompt='')
         return Guest(boot, self.images[image])
 
     def steps(self, guest: Guest) -> int:
@@ -262,8 +263,12 @@ def run(lab: Lab, count: int, directory: pathlib.Path,
     for number in range(count):
         (fault,) = lab.rng.choices(FAULTS, weights)
         seconds = lab.rng.choice((0.0, 0.3, 1.0, 3.0))
-        # A new guest now and then: blocks that nobody has read yet.
-        if number % 25 == 24:
+        # Now and then a new guest of a new image: blocks that nobody has
+        # read yet.
+        if number % 50 == 49:
+            images[number // 50 % 2] = lab.image(f'fault-{number}',
+                                                 directory)
+        if number % 10 == 9:
             renew(lab, images)
         say(f'{number + 1}/{count} {fault.name}, {seconds} s')
         with fault.inject(lab):
@@ -313,8 +318,7 @@ def settle(lab: Lab) -> dict[str, int]:
             for _, _, names in os.walk(home / 'fastboot/host')
             for name in names)
     work = lab.user.layout.home(lab.user.layout.control) / 'fastboot/work'
-    left['builder: work'] = len(list(work.glob('*'))) \
-        if work.exists() else 0
+    left['builder: work'] = sum(path.is_file() for path in work.rglob('*'))
     return left
 
 

@@ -87,12 +87,17 @@ work:
  call write_page
  incw at
  call write_state
+ call dot
+ call tick
+ jmp work
+
+# One for every eight runs.
+dot:
  testb $7, at
- jnz 3f
+ jnz 1f
  movb $'.', %al
  call print_byte
-3: call tick
- jmp work
+1: ret
 
 # The number of runs that are read: all on a disk of a server's size.
 measure:
@@ -154,6 +159,8 @@ survey:
 4: call expect_old
 3: call verify_run
  incw at
+ call dot
+ call button
  jmp 1b
 2: popw at
  ret
@@ -304,12 +311,13 @@ halt:
  call tick
  jmp halt
 
-# A clock tick; off, if somebody pressed the button.
 tick:
  movw TICKS, %ax
 1: hlt
  cmpw TICKS, %ax
  je 1b
+# Off, if somebody pressed the button.
+button:
  movw $PM_STATUS, %dx
  inw %dx, %ax
  testw $PM_BUTTON, %ax
