@@ -21,12 +21,13 @@ def main() -> int:
     parser.add_argument('--runs', type=int, default=7,
                         help='of each measurement (default: 7)')
     parser.add_argument('--only', metavar='WORD',
-                        help='only measurements whose name has this word')
+                        help='only measurements whose name has this word; '
+                             'rows of others stay in the results')
     args = parser.parse_args()
     args.state_dir.mkdir(parents=True, exist_ok=True)
     missed = 0
     for suite in args.suite or SUITES[:2]:
-        table = result.Table(suite)
+        table = result.Table(suite, keep=args.only is not None)
         module = importlib.import_module(
             'bench.' + suite.replace('-', '_'))
         module.run(table, args.state_dir.absolute(), args.runs, args.only)

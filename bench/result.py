@@ -46,9 +46,23 @@ class Row:
 class Table:
     """The rows of a suite, printed and saved as they come."""
 
-    def __init__(self, suite: str) -> None:
+    def __init__(self, suite: str, keep: bool = False) -> None:
+        """Begin a table.
+
+        :param keep: rows of the last run that are not measured now.
+        """
         self.suite = suite
         self.rows: list[Row] = []
+        self._old = self._read() if keep else []
+
+    @property
+    def _path(self) -> pathlib.Path:
+        return RESULTS / f'{self.suite}.json'
+
+    def _read(self) -> list[dict[str, Any]]:
+        rows = json.loads(self._path.read_text()) if self._path.exists() \
+            else []
+        return [row for row in rows if 'name' in row]
 
     def add(self, name: str, value: float, unit: str,
             bar: float | None = None, op: str = '<=', *, runs: int = 1,
@@ -71,9 +85,11 @@ class Table:
         """Write ``bench/results/<suite>.json``."""
         RESULTS.mkdir(exist_ok=True)
         lines = [json.dumps({'machine': machine()})]
-        lines += [json.dumps(row.as_json()) for row in self.rows]
-        (RESULTS / f'{self.suite}.json').write_text(
-            '[\n' + ',\n'.join(lines) + '\n]\n')
+        new = [row.as_json() for row in self.rows]
+        names = {row['name'] for row in new}
+        lines += [json.dumps(row) for row in (
+            *(row for row in self._old if row['name'] not in names), *new)]
+        self._path.write_text('[\n' + ',\n'.join(lines) + '\n]\n')
 
 
 def machine() -> dict[str, Any]:

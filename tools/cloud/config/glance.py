@@ -9,8 +9,8 @@ from cloud.layout import Layout, url
 def api(layout: Layout) -> str:
     """glance-api.conf."""
     data = layout.data / 'glance'
-    notifications = {'driver': 'messagingv2'} if layout.options.fastboot \
-        else {}
+    notifications = {'driver': 'messagingv2', 'retry': 0} \
+        if layout.options.fastboot else {}
     return render({
         'DEFAULT': {
             'transport_url': layout.bus,
