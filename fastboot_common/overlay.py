@@ -23,6 +23,8 @@ _HEADER: Final = struct.Struct('>IIQIIQ')
 _BACKING_LIMIT: Final = 1023
 _DESCRIPTION_LIMIT: Final = 64 << 10
 _PREFIX: Final = 'json:'
+#: Behind the name that Nova gives an image's base: its stub.
+SUFFIX: Final = '_sm'
 
 
 @dataclasses.dataclass(frozen=True)

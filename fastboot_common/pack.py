@@ -296,6 +296,15 @@ class PackWriter:
         return PackRef(self._hash.hexdigest(), self._offset, self.blocks,
                        index_offset, index_digest.hexdigest())
 
+    def index(self, ref: PackRef) -> PackIndex:
+        """The index of the finished pack, while its file is here.
+
+        :param ref: from :meth:`finish`.
+        """
+        with self.path.open('rb') as file:
+            return PackIndex.load(ref, lambda offset, length: os.pread(
+                file.fileno(), length, offset), self._block_size)
+
     def abandon(self) -> None:
         """Close and remove the file, if it is still there."""
         for _count, future in self._pending:

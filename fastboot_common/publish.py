@@ -2,7 +2,6 @@
 """Publishing: from a raw disk to packs, a manifest and a journal entry."""
 
 import concurrent.futures
-import contextlib
 import dataclasses
 import hashlib
 import logging
@@ -188,7 +187,7 @@ class _Work:
             if self._registered(now):
                 return None
             self._check_against(now)
-            self._store(digest, data)
+            self._store(data)
             created = True
             return {'image': image, 'packs': [
                 {'digest': ref.digest, 'size': ref.size}
@@ -198,7 +197,7 @@ class _Work:
         if created:
             # What was there already, gc may have taken for a leftover
             # before the entry said otherwise.
-            self._store(digest, data)
+            self._store(data)
         return Published(
             after.images[draft.image_id], created,
             sum(ref.blocks for ref in self._refs) * draft.block_size,
@@ -270,21 +269,16 @@ class _Work:
 
     def _own_index(self, ref: pack.PackRef,
                    writer: pack.PackWriter) -> pack.PackIndex:
-        path = writer.path
-        if not path.exists():
+        if not writer.path.exists():
             return self._repository.pack_index(ref)
-        with path.open('rb') as file:
-            return pack.PackIndex.load(
-                ref, lambda offset, length: os.pread(
-                    file.fileno(), length, offset), self._draft.block_size)
+        return writer.index(ref)
 
-    def _store(self, digest: str, data: bytes) -> None:
+    def _store(self, data: bytes) -> None:
         for ref, writer in zip(self._refs, self._writers, strict=True):
             if writer.path.exists():
                 self._target.put(store.object_name('packs', ref.digest),
                                  writer.path)
-        with contextlib.suppress(exception.Exists):
-            self._target.create(store.object_name('manifests', digest), data)
+        self._repository.keep_manifest(data)
 
     # The disk
 

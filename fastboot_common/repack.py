@@ -9,7 +9,6 @@ every host has heard of it.
 
 import collections
 import concurrent.futures
-import contextlib
 import dataclasses
 import hashlib
 import logging
@@ -227,11 +226,7 @@ class _Work:
     def _index(self, ref: pack.PackRef) -> pack.PackIndex:
         for writer, new in zip(self._writers, self._new, strict=True):
             if new.digest == ref.digest and writer.path.exists():
-                with writer.path.open('rb') as file:
-                    return pack.PackIndex.load(
-                        ref, lambda offset, length: os.pread(
-                            file.fileno(), length, offset),
-                        self._repository.block_size)
+                return writer.index(ref)
         return self._repository.pack_index(ref)
 
     def _publish(self, chosen: Any, made: dict[str, bytes]) -> None:
@@ -260,6 +255,4 @@ class _Work:
                 self._target.put(store.object_name('packs', ref.digest),
                                  writer.path)
         for data in made.values():
-            with contextlib.suppress(exception.Exists):
-                self._target.create(store.object_name(
-                    'manifests', hashlib.sha256(data).hexdigest()), data)
+            self._repository.keep_manifest(data)

@@ -178,6 +178,17 @@ class Repository:
                 self._manifests.popitem(last=False)
         return self._manifests[digest]
 
+    def keep_manifest(self, data: bytes) -> str:
+        """Put a manifest into the store, unless it is there.
+
+        :returns: its digest.
+        """
+        digest = hashlib.sha256(data).hexdigest()
+        target: Any = self.store
+        with contextlib.suppress(exception.Exists):
+            target.create(store.object_name('manifests', digest), data)
+        return digest
+
     def pack_read(self, digest: str) -> pack.Read:
         """A function that reads parts of a pack from the store."""
         name = store.object_name('packs', digest)

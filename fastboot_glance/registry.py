@@ -6,7 +6,6 @@ Images that somebody registered by hand, not from Glance, are left alone.
 
 import contextlib
 import dataclasses
-import hashlib
 from typing import Any, Final
 
 from oslo_log import log as logging
@@ -16,7 +15,6 @@ from fastboot_common import (
     extents,
     journal,
     manifest,
-    store,
 )
 from fastboot_common.repository import Repository
 from fastboot_glance import eligibility, herald, images, records
@@ -144,10 +142,10 @@ class Registry:
 
         :raises NotFound: it is not registered any more.
         """
-        digest, data = '', b''
+        data = b''
 
         def build(state: journal.State) -> dict[str, Any]:
-            nonlocal digest, data
+            nonlocal data
             current = state.images.get(draft.image_id)
             if current is None:
                 raise exception.NotFound(
@@ -157,20 +155,14 @@ class Registry:
             data = dataclasses.replace(
                 old, boot=boot, trace=draft.trace,
                 capture=draft.capture).pack()
-            digest = hashlib.sha256(data).hexdigest()
-            self._keep(digest, data)
+            digest = self.repository.keep_manifest(data)
             return {'packs': [], 'manifests': {draft.image_id: {
                 'manifest': digest, 'manifest_size': len(data)}}}
 
         after = self.repository.append('repack', build)
         # It may have been there before, as a leftover that gc removed.
-        self._keep(digest, data)
+        self.repository.keep_manifest(data)
         return after.images[draft.image_id]
-
-    def _keep(self, digest: str, data: bytes) -> None:
-        target: Any = self.repository.store
-        with contextlib.suppress(exception.Exists):
-            target.create(store.object_name('manifests', digest), data)
 
     def _deregister(self, image_id: str, reason: str) -> None:
         found = self.find(image_id)

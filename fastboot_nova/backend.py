@@ -35,7 +35,6 @@ LOG = logging.getLogger(__name__)
 CONF = nova.conf.CONF
 CONF.register_opts(options.OPTS, group=options.GROUP)
 
-SUFFIX: Final = '_sm'
 #: Property of images and extra spec of flavors; "no": a server starts only
 #: when all of its image is on the host.
 LAZY: Final = 'fastboot:lazy'
@@ -68,7 +67,7 @@ def stub_of(disk: str) -> pathlib.Path | None:
         return None
     base = pathlib.Path(found[0])
     is_ours = base.is_absolute() and base.parent == base_directory() \
-        and base.name.endswith(SUFFIX)
+        and base.name.endswith(overlay.SUFFIX)
     # An old resized base may have the name; it has no such content.
     if not is_ours or (base.exists() and not overlay.read_stub(base)):
         return None
@@ -126,9 +125,9 @@ class FastbootQcow2(imagebackend.Qcow2):
         image_id = kwargs.get('image_id')
         below = stub_of(self.path)
         if below and filename in (below.name,
-                                  below.name.removesuffix(SUFFIX)):
+                                  below.name.removesuffix(overlay.SUFFIX)):
             return self.restore(below, image_id)
-        if filename.endswith(SUFFIX) and not (
+        if filename.endswith(overlay.SUFFIX) and not (
                 base_directory() / filename).exists():
             # The destination of a migration: the disk is not made yet.
             return self.restore(base_directory() / filename, image_id)
@@ -149,7 +148,8 @@ class FastbootQcow2(imagebackend.Qcow2):
              kwargs: dict[str, Any]) -> pathlib.Path | None:
         """A stub for a new disk, or None and the reason in the log."""
         began = time.monotonic()
-        stub = base_directory() / (overlay.base_name(image_id) + SUFFIX)
+        stub = base_directory() / (
+            overlay.base_name(image_id) + overlay.SUFFIX)
         try:
             self._check_eligible(kwargs)
             lease = self._acquire(image_id, stub)
@@ -398,7 +398,7 @@ def portable(domain: str) -> str:
     for layer in tree.findall('./devices/disk/backingStore'):
         source = layer.find('source')
         name = source.get('file') if source is not None else None
-        if name is None or not name.endswith(SUFFIX):
+        if name is None or not name.endswith(overlay.SUFFIX):
             continue
         stub = pathlib.Path(name)
         with contextlib.suppress(exception.NotFound):

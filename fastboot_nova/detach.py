@@ -20,8 +20,6 @@ from oslo_concurrency import lockutils
 
 from fastboot_common import exception, files, overlay, qemu
 
-#: Behind the name that Nova gives an image's base: a stub.
-SUFFIX: Final = '_sm'
 #: What a file system must keep free (bytes).
 _SPARE: Final = 1 << 30
 _POLL_SECONDS: Final = 0.5
@@ -52,7 +50,7 @@ class Disk:
     @property
     def base(self) -> pathlib.Path:
         """Where Nova's own driver would have the base."""
-        return self.stub.with_name(self.stub.name.removesuffix(SUFFIX))
+        return self.stub.with_name(self.stub.name.removesuffix(overlay.SUFFIX))
 
 
 def find(instances: pathlib.Path) -> Iterator[Disk]:
@@ -66,7 +64,7 @@ def find(instances: pathlib.Path) -> Iterator[Disk]:
             if not found or not found[0]:
                 continue
             stub = pathlib.Path(found[0])
-            if stub.name.endswith(SUFFIX) and (
+            if stub.name.endswith(overlay.SUFFIX) and (
                     not stub.exists() or overlay.read_stub(stub)):
                 yield Disk(path, stub)
 

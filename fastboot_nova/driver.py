@@ -21,7 +21,7 @@ from nova.virt.libvirt import utils as libvirt_utils
 from oslo_log import log as logging
 from oslo_utils import fileutils
 
-from fastboot_common import chain, exception
+from fastboot_common import chain, exception, overlay
 from fastboot_nova import backend
 
 LOG = logging.getLogger(__name__)
@@ -89,7 +89,7 @@ class FastbootLibvirtDriver(driver.LibvirtDriver):
                               rebase_base: str | None) -> None:
         # Unshelve wants the base of the server's first image, and has asked
         # our backend for it before.
-        stub = (rebase_base or '') + backend.SUFFIX
+        stub = (rebase_base or '') + overlay.SUFFIX
         if rebase_base and not os.path.exists(rebase_base) \
                 and os.path.exists(stub):
             rebase_base = stub
