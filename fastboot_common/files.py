@@ -8,11 +8,14 @@ import mmap
 import os
 import pathlib
 import threading
+import time
 from collections.abc import Iterator
 from typing import Final
 
 from fastboot_common import exception
 
+#: Seconds after which a temporary is not being written any more.
+_ABANDONED: Final = 3600
 _KEEP_SIZE: Final = 1
 _PUNCH_HOLE: Final = 2
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -67,6 +70,22 @@ def write_atomically(path: pathlib.Path, data: bytes) -> None:
             raise exception.NoSpace(f'{path}: {error.strerror}') from error
         raise
     sync_directory(path.parent)
+
+
+def listed(directory: pathlib.Path, pattern: str) -> list[pathlib.Path]:
+    """The files that match, for one who deletes what is not wanted.
+
+    Of the temporaries of :func:`write_atomically`, only those that a crash
+    left: another thread still wants to give its own their true name.
+    """
+    return [path for path in sorted(directory.glob(pattern))
+            if not path.name.startswith('.') or _abandoned(path)]
+
+
+def _abandoned(path: pathlib.Path) -> bool:
+    with contextlib.suppress(FileNotFoundError):
+        return time.time() - path.stat().st_mtime > _ABANDONED
+    return False
 
 
 def remove(path: pathlib.Path) -> None:

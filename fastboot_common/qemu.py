@@ -37,15 +37,17 @@ _CHECK_SECONDS: Final = 600
 _TRANSLATION_MIB: Final = 256
 #: What a server of Nova has besides, and what its kernel and cloud-init
 #: read other files for: a boot without these missed 26 MB of a Debian 12.
-#: The link is up and leads nowhere.
 _NOVA: Final = (
     '-smbios', 'type=1,manufacturer=OpenStack Foundation,'
     'product=OpenStack Nova,family=Virtual Machine',
-    '-netdev', 'hubport,id=link,hubid=0',
     '-device', f'virtio-net-pci,netdev=link,mac={configdrive.MAC},'
     'host_mtu=1500',
     '-device', 'virtio-balloon-pci', '-device', 'piix3-usb-uhci',
 )
+#: The link is up and leads nowhere.
+_LINK: Final = ('-netdev', 'hubport,id=link,hubid=0')
+#: The link has a DHCP server and nothing else, least of all this host.
+_DHCP: Final = ('-netdev', 'user,id=link,restrict=on')
 _LINE_LIMIT: Final = 64 << 10
 _QUIT_SECONDS: Final = 5.0
 
@@ -204,6 +206,9 @@ class Config:
     :param accelerator: ``tcg``, or ``kvm`` (with TCG where it fails).
     :param cache: of the disk: ``none``, ``writeback`` or ``unsafe``.
     :param config_drive: an ISO image, or None.
+    :param dhcp: somebody answers DHCP, as for a guest that gets its metadata
+        over the network. It has the CD drive of Nova's config drives, too,
+        which its kernel has drivers to read for: an empty one.
     """
 
     disk: Mapping[str, Any]
@@ -212,6 +217,7 @@ class Config:
     accelerator: str = 'tcg'
     cache: str = 'writeback'
     config_drive: str | None = None
+    dhcp: bool = False
 
     def command(self, monitor: int, agent: int, serial: int) -> list[str]:
         """QEMU's arguments. It gets descriptors, no names of ours.
@@ -226,7 +232,8 @@ class Config:
             'spawn=deny,resourcecontrol=deny',
             '-machine', 'pc', '-cpu', 'max', *self._accelerators(),
             '-m', str(self.memory), '-smp', str(self.vcpus),
-            '-display', 'none', '-vga', 'std', *_NOVA,
+            '-display', 'none', '-vga', 'std',
+            *(_DHCP if self.dhcp else _LINK), *_NOVA,
             '-add-fd', f'fd={serial},set=1',
             '-chardev', 'file,id=serial,path=/dev/fdset/1',
             '-serial', 'chardev:serial',
@@ -246,6 +253,8 @@ class Config:
                      'node-name': 'config', 'read-only': True}
             command += ['-blockdev', json.dumps(drive),
                         '-device', 'virtio-blk-pci,drive=config']
+        if self.dhcp:
+            command += ['-device', 'ide-cd']
         return command
 
     def devices(self) -> str:

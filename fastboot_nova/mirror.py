@@ -356,7 +356,7 @@ class Mirror:
         :returns: bytes freed.
         """
         # Listed first: what a pull brings from now on is not looked at.
-        kinds = {kind: list((self.path / kind).glob('??/*'))
+        kinds = {kind: files.listed(self.path / kind, '??/*')
                  for kind in ('manifests', 'packs', 'partial')}
         # Of an image whose manifest is not here, nothing is.
         packs = {ref.digest for digest in keep
@@ -370,9 +370,9 @@ class Mirror:
                     with contextlib.suppress(FileNotFoundError):
                         freed += path.stat().st_blocks * 512
                         path.unlink()
-        for path in (self.path / 'ready').glob('*'):
+        for path in files.listed(self.path / 'ready', '*'):
             if path.name not in self.state.images:
-                path.unlink()
+                files.remove(path)
         return freed
 
 

@@ -74,7 +74,8 @@ OPTS: Final[list[Any]] = [
              'that owns nothing.'),
     cfg.BoolOpt(
         'config_drive', default=True,
-        help='Attach a config drive, so that cloud-init does in the capture '
-             'what it does in a new instance. Without it cloud-init waits '
-             'for a metadata service that is not there.'),
+        help='Attach a config drive to the first boot, the third and so on, '
+             'so that cloud-init does in the capture what it does in a new '
+             'instance. The other boots have a DHCP server, and look in vain '
+             'for a metadata service.'),
 ]

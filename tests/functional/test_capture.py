@@ -203,9 +203,21 @@ def test_size_not_of_whole_sectors(tmp_path):
     assert SIZE // 4096 - 1 in trace.boot_set(found.trace, 4096, SIZE)
 
 
-def test_config_drive_is_attached(tmp_path):
-    found = boot(tmp_path, bootsector.sector(LOGIN), config_drive=True)
-    assert found.state == 'booted'
+def test_every_second_boot_has_no_config_drive(tmp_path, monkeypatch):
+    configs = []
+    machine = qemu.Machine
+
+    def spy(config, *args):
+        configs.append(config)
+        return machine(config, *args)
+
+    monkeypatch.setattr(qemu, 'Machine', spy)
+    found = boot(tmp_path, bootsector.sector(LOGIN), config_drive=True,
+                 boots=4, parallel=1)
+    assert found.state == 'booted' and len(found.seconds) == 4
+    assert [bool(config.config_drive) for config in configs] == [
+        True, False, True, False]
+    assert [config.dhcp for config in configs] == [False, True, False, True]
 
 
 def test_config_drive_content(tmp_path):

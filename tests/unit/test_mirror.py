@@ -2,6 +2,7 @@
 """The mirror: nothing unchecked is kept or given out."""
 
 import concurrent.futures
+import os
 import pathlib
 
 import pytest
@@ -238,6 +239,19 @@ def test_prune(tmp_path, repo, source, mirror):
     assert not mirror.ready(gone)
     source.gone = True
     same(Mirror(tmp_path / 'mirror', source), kept, one)
+
+
+def test_prune_spares_what_is_being_written(tmp_path, repo, source, mirror):
+    """Another thread's temporary; one that a crash left is removed."""
+    for kind in ('manifests/ab', 'ready'):
+        directory = mirror.path / kind
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / '.name.7.tmp').write_bytes(b'new')
+        (directory / '.name.8.tmp').write_bytes(b'left')
+        os.utime(directory / '.name.8.tmp', (0, 0))
+    mirror.prune(set())
+    assert sorted(path.name for path in mirror.path.rglob('*.tmp')) == [
+        '.name.7.tmp', '.name.7.tmp']
 
 
 def test_many_threads(tmp_path, repo, source, mirror):

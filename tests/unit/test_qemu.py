@@ -74,6 +74,15 @@ def test_command_config_drive():
     assert 'virtio-blk-pci,drive=config' not in arguments()
 
 
+def test_command_dhcp():
+    link, = after(arguments(dhcp=True), '-netdev')
+    assert link.startswith('user,') and 'restrict=on' in link
+    assert 'ide-cd' in arguments(dhcp=True)
+    link, = after(arguments(), '-netdev')
+    assert link.startswith('hubport,')
+    assert 'ide-cd' not in arguments()
+
+
 def test_devices_name_the_version():
     config = qemu.Config(disk={})
     number = '.'.join(map(str, qemu.version()))
