@@ -13,6 +13,7 @@ Run by "make faults [FAULTS=N] [SEED=N]".
 
 import argparse
 import collections
+import concurrent.futures
 import contextlib
 import dataclasses
 import json
@@ -24,6 +25,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / 'tools'), str(ROOT / 'tests' / 'openstack'),
@@ -40,6 +42,8 @@ FLAVOR = 'm1.nano'
 #: Within this, everything must go on without a human (seconds).
 RECOVERY = 60
 POLL = 0.1
+#: Callers of an agent at the same time.
+CROWD = 50
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,6 +134,17 @@ class Lab:
                     os.kill(pid, signal.SIGCONT)
 
     @contextlib.contextmanager
+    def slow(self, host: str) -> Iterator[None]:
+        """A host whose management link hardly lets anything out."""
+        queue = ('dev', 'eth0', 'root')
+        self.user.inside(host, 'tc', 'qdisc', 'add', *queue, 'tbf', 'rate',
+                         '64kbit', 'burst', '4kb', 'latency', '1s')
+        try:
+            yield
+        finally:
+            self.user.inside(host, 'tc', 'qdisc', 'del', *queue)
+
+    @contextlib.contextmanager
     def cut(self, host: str) -> Iterator[None]:
         """A host without its management link."""
         self.user.inside(host, 'ip', 'link', 'set', 'eth0', 'down')
@@ -188,6 +203,29 @@ def _cut(lab: Lab) -> contextlib.AbstractContextManager[None]:
     return lab.cut(lab.rng.choice(lab.hosts))
 
 
+def _slow(lab: Lab) -> contextlib.AbstractContextManager[None]:
+    return lab.slow(lab.rng.choice(lab.hosts))
+
+
+@contextlib.contextmanager
+def _crowd(lab: Lab) -> Iterator[None]:
+    """Fifty ask for images at once; each gets a lease or a refusal."""
+    host = lab.rng.choice(lab.hosts)
+    images = sorted(lab.images)
+
+    def ask(verb: str, number: int) -> dict[str, Any]:
+        return lab.user.ask_agent(host, 'POST', f'/v1/{verb}', {
+            'image': images[number % len(images)],
+            'holder': f'crowd-{number}', 'file': f'/gone/{number}'})
+
+    with concurrent.futures.ThreadPoolExecutor(CROWD) as pool:
+        answers = list(pool.map(lambda one: ask('acquire', one),
+                                range(CROWD)))
+        list(pool.map(lambda one: ask('release', one), range(CROWD)))
+    assert all(answers), f'{answers.count({})} of {CROWD} got no answer'
+    yield
+
+
 @contextlib.contextmanager
 def _flip(lab: Lab) -> Iterator[None]:
     """A bit of what a host keeps of the repository is another."""
@@ -230,6 +268,8 @@ FAULTS = [
     Fault('export, shield and agent killed', _kill_exports),
     Fault('export hangs', _hang_export),
     Fault('link cut', _cut),
+    Fault('link slow', _slow),
+    Fault('fifty acquires at once', _crowd),
     Fault('a bit of the mirror flipped', _flip),
     Fault('a server comes while the agent is away', _come_and_go),
 ]
