@@ -10,12 +10,13 @@ import functools
 import os
 import pathlib
 import time
-from typing import Any
+from typing import Any, Final
 
 import nova.conf
 import nova.privsep.path
 from lxml import etree
 from nova import exception as nova_exception
+from nova import objects
 from nova.virt.libvirt import driver
 from nova.virt.libvirt import utils as libvirt_utils
 from oslo_log import log as logging
@@ -26,6 +27,10 @@ from fastboot_nova import backend
 
 LOG = logging.getLogger(__name__)
 CONF = nova.conf.CONF
+
+#: What other hosts know a host with this driver by: a key in the statistics
+#: of its compute node, and the end of a file's name.
+MARK: Final = 'fastboot'
 
 
 class FastbootLibvirtDriver(driver.LibvirtDriver):
@@ -66,13 +71,66 @@ class FastbootLibvirtDriver(driver.LibvirtDriver):
 
         :raises InvalidDiskInfo: it does not come.
         """
-        directory = pathlib.Path(libvirt_utils.get_instance_path(instance))
-        for disk in sorted(map(str, directory.glob('disk*'))):
-            stub = backend.stub_of(disk)
-            if stub is not None:
-                image = self.image_backend.by_libvirt_path(instance, disk)
-                image.restore(stub, instance.image_ref)
-                backend.check_chain(disk)
+        for disk, stub in _stubs(instance).items():
+            image = self.image_backend.by_libvirt_path(instance, disk)
+            image.restore(stub, instance.image_ref)
+            backend.check_chain(disk)
+
+    # Hosts without this driver. One would download the image to the name of
+    # our stub, and fail to open it, after the server was moved.
+
+    def get_available_resource(self, nodename: str) -> Any:
+        """Nova's, and that this host has this driver."""
+        found = super().get_available_resource(nodename)
+        found['stats'] = {**(found.get('stats') or {}), MARK: 'true'}
+        return found
+
+    def _create_shared_storage_test_file(self, instance: Any) -> str:
+        # The one word of ours that reaches the source of a live migration
+        # whose destination the scheduler chose: the object that the two
+        # exchange has no room for others.
+        name: str = super()._create_shared_storage_test_file(instance)
+        marked = f'{name}.{MARK}'
+        directory = pathlib.Path(CONF.instances_path)
+        (directory / name).rename(directory / marked)
+        return marked
+
+    def check_can_live_migrate_source(
+            self, context: Any, instance: Any, dest_check_data: Any,
+            *args: Any, **kwargs: Any) -> Any:
+        """Nova's check, and whether the destination has this driver.
+
+        :raises MigrationPreCheckError: it has not, and is needed.
+        """
+        if _stubs(instance) and \
+                not dest_check_data.filename.endswith(f'.{MARK}'):
+            raise nova_exception.MigrationPreCheckError(
+                reason=_refusal('the destination'))
+        return super().check_can_live_migrate_source(
+            context, instance, dest_check_data, *args, **kwargs)
+
+    def migrate_disk_and_power_off(
+            self, context: Any, instance: Any, dest: str, *args: Any,
+            **kwargs: Any) -> Any:
+        """Nova's, if the destination has this driver or needs none.
+
+        :raises InstanceFaultRollback: it has not, and is needed.
+        """
+        if _stubs(instance):
+            self._check_destination(context, instance)
+        return super().migrate_disk_and_power_off(
+            context, instance, dest, *args, **kwargs)
+
+    @staticmethod
+    def _check_destination(context: Any, instance: Any) -> None:
+        for migration in objects.MigrationList.get_in_progress_by_instance(
+                context, instance.uuid):
+            node = objects.ComputeNode.get_by_host_and_nodename(
+                context, migration.dest_compute, migration.dest_node)
+            if MARK not in (node.stats or {}):
+                raise nova_exception.InstanceFaultRollback(
+                    nova_exception.MigrationPreCheckError(
+                        reason=_refusal(migration.dest_compute)))
 
     def cache_image(self, context: Any, image_id: str) -> bool:
         """Bring all of an image to this host, before any server."""
@@ -174,6 +232,21 @@ class FastbootLibvirtDriver(driver.LibvirtDriver):
             device.abort_job()
         except Exception as error:
             LOG.debug('No block job to end: %s', error)
+
+
+def _stubs(instance: Any) -> dict[str, pathlib.Path]:
+    """The disks of a server that lie on stubs."""
+    directory = pathlib.Path(libvirt_utils.get_instance_path(instance))
+    disks = sorted(map(str, directory.glob('disk*')))
+    return {disk: stub for disk in disks
+            if (stub := backend.stub_of(disk)) is not None}
+
+
+def _refusal(host: str) -> str:
+    return (f'the disk lies on local blocks, which {host} cannot read: '
+            f'compute_driver there is not fastboot.FastbootLibvirtDriver. '
+            f'Choose another host, or run "fastbootctl host detach" on this '
+            f'one first')
 
 
 def _mirror(delta: pathlib.Path) -> str:

@@ -31,16 +31,17 @@ def small_image(user, name, file, **more):
     return image
 
 
-def check_disk(user, server, disk):
+def check_disk(user, server, disk, kind='qcow2'):
     """Look at the disk of a server that is off, through its chain.
 
     :param disk: a ``witness.Witness``.
+    :param kind: the format of the disk's file.
     """
     host = server.hypervisor_hostname
     raw = user.instance_path(server).parent / f'{server.id}.check'
     place = f'/var/lib/nova/instances/{server.id}'
     try:
-        user.inside(host, 'qemu-img', 'convert', '-U', '-f', 'qcow2', '-O',
+        user.inside(host, 'qemu-img', 'convert', '-U', '-f', kind, '-O',
                     'raw', f'{place}/disk', f'{place}.check')
         with raw.open('rb') as file:
             def read(offset, length):
@@ -49,6 +50,28 @@ def check_disk(user, server, disk):
             return disk.check(read)
     finally:
         raw.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def settings(user, host, section, **values):
+    """A nova-compute with other settings."""
+    file = user.layout.etc / f'nova/compute-{host}.conf'
+    before = file.read_text()
+    # Of an option that stands there twice, the last counts.
+    file.write_text('\n'.join([before, f'[{section}]', *(
+        f'{name} = {value}' for name, value in values.items()), '']))
+    try:
+        user.sandbox('restart', f'nova-compute@{host}')
+        yield
+    finally:
+        file.write_text(before)
+        user.sandbox('restart', f'nova-compute@{host}')
+
+
+def stock(user, host):
+    """A host with Nova's own driver."""
+    return settings(user, host, 'DEFAULT',
+                    compute_driver='libvirt.LibvirtDriver')
 
 
 @contextlib.contextmanager

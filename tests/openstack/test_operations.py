@@ -14,7 +14,7 @@ import time
 
 import pytest
 import witness
-from parts import check_disk, small_image
+from parts import check_disk, settings, small_image, stock
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -531,4 +531,108 @@ def test_a_server_that_wants_its_image_whole(user, other_image, other_disk,
     guest = Guest(user, boot, other_disk)
     assert not any('nbd' in layer for layer in guest.chain())
     guest.goes_on()
+    guest.check()
+
+
+# Hosts with other settings
+
+
+def plain(user, image, disk, clean, host='h2', **more):
+    """A server the stock way."""
+    boot = clean.boot(user.boot('plain', image, host, flavor=FLAVOR,
+                                prompt=witness.PROMPT, **more))
+    assert not boot.log.startswith('hit'), boot.log
+    guest = Guest(user, boot, disk)
+    guest.goes_on()
+    assert not guest.is_ours()
+    return guest
+
+
+def test_disks_that_are_not_qcow2(user, image, disk, clean):
+    with settings(user, 'h2', 'libvirt', images_type='raw'):
+        guest = plain(user, image, disk, clean)
+        guest.stop()
+        check_disk(user, guest.server, disk, 'raw')
+        user.delete(guest.server)
+    user.forget_base('h2', image)
+
+
+def test_bases_that_are_not_raw(user, start):
+    with settings(user, 'h2', 'DEFAULT', force_raw_images='false'):
+        guest = start('h2')
+        assert guest.is_ours()
+        guest.check()
+
+
+def test_switched_off_and_on(user, start, image, disk, clean):
+    """Nova's own driver on a host with servers of ours, and back."""
+    running, off = start('h2'), start('h2')
+    off.stop()
+    log = user.layout.log / 'nova-compute@h2.log'
+    begun = log.stat().st_size
+    with stock(user, 'h2'):
+        running.goes_on()
+        other = plain(user, image, disk, clean)
+        off.compute.start_server(off.id)
+        # Refused, with a name of a file that names the cure.
+        user.wait(lambda: 'fastbootctl host detach' in log.read_bytes()[
+            begun:].decode(errors='replace'), 120, 'the refusal')
+        off.wait('SHUTOFF')
+    running.goes_on()
+    other.goes_on()
+    for guest in (off, other):
+        if guest is other:
+            guest.stop()
+        guest.compute.start_server(guest.id)
+        guest.wait('ACTIVE')
+        guest.goes_on()
+    assert off.is_ours() and not other.is_ours()
+    for guest in (running, off, other):
+        guest.check()
+    user.delete(other.server)
+    user.forget_base('h2', image)
+
+
+def refused(guest, ask):
+    """A migration that ends where it began, and says why."""
+    with contextlib.suppress(Exception):  # the API may say so at once
+        ask()
+    time.sleep(3)
+    guest.wait('ACTIVE')
+    actions = guest.compute.get(
+        f'/servers/{guest.id}/os-instance-actions').json()
+    request = actions['instanceActions'][0]['request_id']
+    action = guest.compute.get(
+        f'/servers/{guest.id}/os-instance-actions/{request}').json()
+    assert action['instanceAction']['message'], action
+    guest.goes_on()
+
+
+def test_a_mixed_cloud(user, start, image, disk, clean):
+    """Nothing moves to a host without our driver, and nothing is left."""
+    guest = start('h1')
+    user.forget_base('h2', image)
+    with stock(user, 'h2'):
+        compute = guest.compute
+        refused(guest, lambda: compute.live_migrate_server(
+            guest.id, host='h2', block_migration='auto'))
+        refused(guest, lambda: compute.live_migrate_server(
+            guest.id, block_migration='auto'))
+        refused(guest, lambda: compute.migrate_server(guest.id))
+        assert guest.host == 'h1'
+        place = user.home('h2') / 'nova/instances'
+        assert not (place / guest.id).exists()
+        # Its own servers come, and go to hosts with our driver.
+        other = plain(user, image, disk, clean)
+        compute.live_migrate_server(other.id, host='h1',
+                                    block_migration='auto')
+        time.sleep(2)
+        other.wait('ACTIVE')
+        assert other.host == 'h1'
+        other.goes_on()
+        other.check()
+        user.delete(other.server)
+    for host in ('h1', 'h2'):
+        for file in (user.home(host) / 'nova/instances/_base').iterdir():
+            assert '.fastboot' not in file.name
     guest.check()
