@@ -575,7 +575,7 @@ def test_switched_off_and_on(user, start, image, disk, clean):
         other = plain(user, image, disk, clean)
         off.compute.start_server(off.id)
         # Refused, with a name of a file that names the cure.
-        user.wait(lambda: 'fastbootctl host detach' in log.read_bytes()[
+        user.wait(lambda: 'fastbootctl-host-detach' in log.read_bytes()[
             begun:].decode(errors='replace'), 120, 'the refusal')
         off.wait('SHUTOFF')
     running.goes_on()
