@@ -85,12 +85,12 @@ faults:
 		--faults $(FAULTS) --seed $(SEED)
 	@$(SANDBOX) down
 
-ifeq ($(SUITE),openstack)
+ifneq (,$(filter openstack operations,$(SUITE)))
 bench:
 	@tools/prepare test bench sandbox
 	@$(SANDBOX) up --link-rate 1gbit
 	FASTBOOT_SANDBOX=$(STATE)/sandbox $(CLOUD_PYTHON) -m bench \
-		--state-dir $(STATE)/bench --suite openstack
+		--state-dir $(STATE)/bench --suite $(SUITE)
 else
 bench:
 	@tools/prepare test bench
