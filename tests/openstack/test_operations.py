@@ -6,6 +6,7 @@ looked at once more when it is off.
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -561,6 +562,26 @@ def test_bases_that_are_not_raw(user, start):
     with settings(user, 'h2', 'DEFAULT', force_raw_images='false'):
         guest = start('h2')
         assert guest.is_ours()
+        guest.check()
+
+
+def test_image_cache_manager(user, start, image):
+    """It ages stubs out that nobody uses, and races with new servers."""
+    name = hashlib.sha1(image.encode()).hexdigest() + '_sm'
+    stub = user.home('h2') / 'nova/instances/_base' / name
+    with settings(user, 'h2', 'image_cache', manager_interval=2,
+                  remove_unused_original_minimum_age_seconds=1,
+                  remove_unused_resized_minimum_age_seconds=1):
+        guest = start('h2')
+        time.sleep(10)
+        assert stub.exists()
+        guest.goes_on()
+        for number in range(6):
+            guest.check()
+            user.delete(guest.server)
+            if number % 2:
+                user.wait(lambda: not stub.exists(), 60, 'the stub to go')
+            guest = start('h2')
         guest.check()
 
 
