@@ -45,7 +45,7 @@ drive: .byte 0
 
 # What the disk is like: 32 bytes at 512.
 seed: .word 0
- .word 0
+rest: .word 0                    # ticks between two runs
 first: .long 0                   # page of the first run; the state before it
 eager: .word 0                   # runs that every boot reads
 lazy: .word 0                    # runs that only servers read
@@ -89,7 +89,13 @@ work:
  call write_state
  call dot
  call tick
- jmp work
+ movw rest, %cx
+3: jcxz work
+ pushw %cx
+ call tick
+ popw %cx
+ decw %cx
+ jmp 3b
 
 # One for every eight runs.
 dot:

@@ -48,6 +48,8 @@ class Witness:
     :ivar size: of the disk in bytes.
     :ivar eager: runs that every boot reads.
     :ivar lazy: runs that only servers read.
+    :ivar rest: ticks (1/18 s) between two runs, which leave the processor
+        to others.
     """
 
     seed: int = dataclasses.field(
@@ -56,6 +58,7 @@ class Witness:
     eager: int = 64
     lazy: int = 64
     first: int = 257
+    rest: int = 0
 
     def word(self, page: int, generation: int = 0) -> int:
         """What fills a page."""
@@ -85,8 +88,9 @@ class Witness:
         return self.word(page, generation).to_bytes(2, 'little') * (PAGE // 2)
 
     def _code(self) -> bytes:
-        header = _HEADER.pack(self.seed, 0, self.first * RUN, self.eager,
-                              self.lazy, self.size // 512, _LARGE)
+        header = _HEADER.pack(self.seed, self.rest, self.first * RUN,
+                              self.eager, self.lazy, self.size // 512,
+                              _LARGE)
         code = assemble()
         return (bootsector.signed(code[:440]) + header
                 + code[512 + len(header):])
