@@ -136,6 +136,7 @@ def host_row(host: records.Host, state: journal.State,
         'behind': max(0, state.version - host.version),
         'software': host.software, 'volume_bytes': host.volume_bytes,
         'mirror_bytes': host.mirror_bytes, 'free_bytes': host.free_bytes,
+        'lazy_guests': host.lazy_guests,
     }
 
 

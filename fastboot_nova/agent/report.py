@@ -30,6 +30,7 @@ class Reporter:
     """Makes reports, regularly and after changes.
 
     :param name: of this host.
+    :param lazy: the ids of guests that need the export; None: unknown.
     :param send: takes a report.
     :param interval: seconds between two of them.
     """
@@ -37,13 +38,16 @@ class Reporter:
     def __init__(self, name: str, served: host.Host, follower: sync.Sync,
                  completer: hydrate.Hydrator, room: space.Space,
                  told: metrics.Metrics, *, send: Callable[[Report], None],
-                 interval: float) -> None:
+                 interval: float,
+                 lazy: Callable[[], list[str] | None] = lambda: None,
+                 ) -> None:
         self._name = name
         self._host = served
         self._sync = follower
         self._hydrator = completer
         self._room = room
         self._told = told
+        self._lazy = lazy
         self._send = send
         #: The last one.
         self.last: Report = {}
@@ -102,6 +106,7 @@ class Reporter:
                                 for one in self._host.volumes()),
             'mirror_bytes': _disk_used(self._host.mirror.path),
             'free_bytes': self._room.free(),
+            'lazy_guests': self._lazy(),
         }
         self.last = report
         self._told.note(report, sum(image['leases'] for image in images))

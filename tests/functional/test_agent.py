@@ -12,6 +12,7 @@ import subprocess
 import tempfile
 import threading
 import time
+from xml.etree import ElementTree
 
 import pytest
 from agents import Agent, Line, call, needs_nbdkit, wait_for
@@ -482,6 +483,59 @@ def test_metrics(agent, world):
                  'fastboot_version 1.0', 'fastboot_version_lag 0.0'):
         assert line + '\n' in words, words
     assert IMAGE not in words
+
+
+GUEST = '11111111-1111-1111-1111-11111111111'
+
+
+def running(number, stub, answer, socket=None):
+    """A guest as libvirt's test driver takes it."""
+    store = ElementTree.tostring(chain.backing_store(
+        stub, link_of(answer), socket or pathlib.Path(answer['socket'])))
+    return f"""<domain type='test'><name>guest-{number}</name>
+        <uuid>{GUEST}{number}</uuid><memory>65536</memory>
+        <os><type>hvm</type></os><devices><disk type='file'>
+        <source file='/disk-{number}'/>{store.decode()}
+        <target dev='vda'/></disk></devices></domain>"""
+
+
+def test_guests_that_need_the_export(agent, world):
+    """Those that were started before their image was complete."""
+    pytest.importorskip('libvirt')
+    agent.start()
+    assert agent.status()['lazy_guests'] == []
+    agent.await_state(IMAGE, 'ready')
+    stub = world.path / 'stub'
+    guests = [running(0, stub, agent.acquire(IMAGE, stub)[1])]
+    assert agent.call('prepare', image=IMAGE)[0] == 202
+    agent.await_state(IMAGE, 'complete')
+    answer = agent.acquire(IMAGE, stub)[1]
+    assert answer['complete']
+    guests.append(running(1, stub, answer))
+    elsewhere = running(2, stub, answer | {'complete': None},
+                        pathlib.Path('/others'))
+    (world.path / 'guests').write_text(
+        f'<node>{"".join([*guests, elsewhere])}</node>')
+    agent.stop()
+    agent.configure(world.path / 'repo', agent={
+        'libvirt_uri': f'test://{world.path}/guests'})
+    agent.start()
+    wait_for(lambda: agent.status()['lazy_guests'])
+    assert agent.status()['lazy_guests'] == [f'{GUEST}0']
+    # It was started again: the disk is as it was, its chain is another.
+    (world.path / 'guests').write_text(
+        f'<node>{running(0, stub, answer)}</node>')
+    agent.stop()
+    agent.start()
+    wait_for(lambda: agent.status()['lazy_guests'] == [])
+
+
+def test_no_libvirt(agent, world):
+    agent.configure(world.path / 'repo', agent={
+        'libvirt_uri': f'test://{world.path}/nothing'})
+    agent.start()
+    agent.await_state(IMAGE, 'ready')
+    assert agent.status()['lazy_guests'] is None
 
 
 def test_service_manager(agent, world):
