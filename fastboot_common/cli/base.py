@@ -41,6 +41,10 @@ class Environment:
         return (self.conf.repository.location
                 or str(self.state_dir / 'repository'))
 
+    def locations(self) -> list[str]:
+        """Where hosts may read the repository."""
+        return [self.location()]
+
     def open_store(self) -> store.ReadStore:
         """The repository's store."""
         location = self.location()

@@ -56,9 +56,12 @@ OPTS = [
              'came for. Boots are over by then, and short-lived guests never '
              'cause it. Images that Nova is told to cache do not wait.'),
     cfg.IntOpt(
-        'hydrate_rate', default=32 << 20, min=0,
-        help='Bytes a second (decompressed) that hydration writes at most. '
-             '0: no limit.'),
+        'hydrate_rate', default=-1, min=-1,
+        help='Bytes a second (decompressed) that hydration brings at most. '
+             '-1: half of what the interfaces towards the repository can '
+             'carry, by what the kernel says of them; no limit where it '
+             'says nothing, as of many virtual ones, or the repository is a '
+             'directory. 0: no limit.'),
 
     # Space and memory
     cfg.IntOpt(

@@ -23,6 +23,7 @@ from fastboot_nova.agent import (
     loopdevice,
     memory,
     metrics,
+    network,
     report,
     resume,
     space,
@@ -68,7 +69,8 @@ class Agent:
             evicted=self._evicted, changed=self._changed)
         self._hydrator = hydrate.Hydrator(
             served, self._space, told, policy=group.hydrate,
-            rate=group.hydrate_rate, delay=group.hydrate_delay,
+            rate=lambda: network.rate(group.hydrate_rate, env.locations()),
+            delay=group.hydrate_delay,
             changed=self._changed,
             busy=lambda: bool(self._guests.coming))
         self._memory = memory.Memory(
@@ -233,7 +235,8 @@ class Agent:
             'messaging': self._bus.connected if self._bus else None,
             'locked_bytes': self._memory.bytes,
             'free_bytes': self._space.free(),
-            'lazy_guests': self._lazy.guests} | {
+            'lazy_guests': self._lazy.guests,
+            'hydrate_rate': self._hydrator.rate} | {
                 key: last.get(key) for key in (
                     'volume_bytes', 'mirror_bytes')}
 

@@ -29,15 +29,15 @@ class Hydrator:
     :param room: its disk.
     :param told: counters.
     :param policy: ``never``, ``leased`` or ``all``.
-    :param rate: bytes a second; 0: any.
+    :param rate: gives bytes a second, 0: any. Asked before each image.
     :param delay: seconds between a guest's coming and the beginning.
     :param busy: whether a guest is just coming.
     :param changed: called when an image's state is another.
     """
 
     def __init__(self, served: host.Host, room: space.Space,
-                 told: metrics.Metrics, *, policy: str, rate: int,
-                 delay: float,
+                 told: metrics.Metrics, *, policy: str,
+                 rate: Callable[[], int], delay: float,
                  busy: Callable[[], bool],
                  changed: Callable[[], None]) -> None:
         self._host = served
@@ -45,12 +45,15 @@ class Hydrator:
         self._told = told
         self._policy = policy
         self._delay = delay
-        self._throttle = throttle.Throttle(rate) if rate else None
+        self._ask_rate = rate
+        self._throttle: throttle.Throttle | None = None
         self._busy = busy
         self._changed = changed
         #: Asked for: completed before all others, whatever the policy.
         self._wanted: dict[str, None] = {}
         self._not_before: dict[str, float] = {}
+        #: Bytes a second of the image at hand; 0: any.
+        self.rate = 0
         #: By image id: why it is not completed, in words.
         self.errors: dict[str, str] = {}
         self.worker = worker.Worker('hydrate', self._step, _INTERVAL)
@@ -127,9 +130,17 @@ class Hydrator:
             raise exception.NoSpace(
                 f'{missing >> 20} MiB more would leave less free than '
                 f'[agent] min_free')
+        self._follow_rate()
         return self._host.hydrate(
             image_id, pace=self._pace,
             cancelled=lambda: self._is_to_yield(image_id))
+
+    def _follow_rate(self) -> None:
+        rate = self._ask_rate()
+        if rate != self.rate:
+            LOG.info('hydration takes at most %d bytes/s', rate)
+            self._throttle = throttle.Throttle(rate) if rate else None
+            self.rate = rate
 
     def _is_to_yield(self, image_id: str) -> bool:
         # To another that was asked for; this one goes on later.

@@ -12,6 +12,7 @@ from agents import wait_for
 from images import CountingStore, World, disk, fast_directory, verify
 
 from fastboot_common import exception, journal
+from fastboot_common.store import throttle
 from fastboot_nova.agent import (
     hydrate,
     memory,
@@ -49,8 +50,9 @@ class Parts:
             interval=3600, jitter=jitter, rate=rate, eager=eager,
             evicted=self._evicted, changed=self._changed)
         self.hydrator = hydrate.Hydrator(
-            self.host, self.room, self.told, policy=policy, rate=0,
-            delay=delay, busy=lambda: False, changed=self._changed)
+            self.host, self.room, self.told, policy=policy,
+            rate=lambda: 0, delay=delay, busy=lambda: False,
+            changed=self._changed)
         self.sent = []
         self.reporter = report.Reporter(
             'host-1', self.host, self.sync, self.hydrator, self.room,
@@ -307,6 +309,24 @@ def test_hydration_yields_to_what_is_asked_for(world, parts, monkeypatch):
     one.hydrator.worker.start()
     one.await_states(large='complete', small='complete')
     assert order == ['large', 'small', 'large']
+
+
+def test_the_rate_of_hydration(world, parts, monkeypatch):
+    """Asked for before each image: the network may be another by then."""
+    one = parts()
+    rates, taken = [0, 5 << 20, 5 << 20], []
+    one.hydrator._ask_rate = lambda: rates.pop(0)
+    monkeypatch.setattr(throttle.Throttle, 'take',
+                        lambda self, count: taken.append((self, count)))
+    one.host.sync()
+    for number in range(3):
+        one.host.thaw(one.host.image(f'image-{number}'))
+        before = len(taken)
+        assert one.hydrator._hydrate(f'image-{number}')
+        assert (len(taken) > before) == bool(one.hydrator.rate)
+    assert one.hydrator.rate == 5 << 20
+    assert len({id(limit) for limit, _ in taken}) == 1
+    assert sum(count for _, count in taken) == 2 * 320 * 4096
 
 
 def test_hydration_without_a_repository(world, parts, monkeypatch):
