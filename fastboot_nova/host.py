@@ -355,7 +355,7 @@ class Host:
         They are all here before the volume is locked: a slow repository
         must not hold up other guests. :data:`_FRAMES_AT_ONCE` bounds memory.
         """
-        plain = list(fetchers.map(self.mirror.plain, frames))
+        plain = self.mirror.plain_many(frames, fetchers)
         one.fill(image_id, [
             volume.Batch(frame.numbers, frame.digests, frame.positions,
                          functools.partial(plain.__getitem__, at))
