@@ -234,6 +234,7 @@ class Agent:
             'heard': self._sync.heard, 'repository': self._sync.error or 'ok',
             'messaging': self._bus.connected if self._bus else None,
             'locked_bytes': self._memory.bytes,
+            'path': str(self._host.path),
             'free_bytes': self._space.free(),
             'lazy_guests': self._lazy.guests,
             'hydrate_rate': self._hydrator.rate} | {
