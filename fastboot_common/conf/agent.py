@@ -72,6 +72,12 @@ OPTS = [
              'often lie there too: raise it to what they may grow by '
              'between two looks.'),
     cfg.IntOpt(
+        'quota', default=0, min=0,
+        help='Bytes that volumes and mirror may take together: images '
+             'without guests are evicted and nothing more is pulled or '
+             'hydrated, as with "min_free". What guests that run read comes '
+             'all the same. 0: any.'),
+    cfg.IntOpt(
         'lock_memory', default=0, min=0,
         help='Bytes of memory in which boot sets of "lock_images" and of '
              'pinned images are locked, so that they are never read from '

@@ -57,7 +57,8 @@ class Agent:
         self._host = served
         self._told = told
         self._socket = env.shield_socket
-        self._space = space.Space(served, group.min_free, self._evicted)
+        self._space = space.Space(served, group.min_free, self._evicted,
+                                  group.quota)
         self._guests = guests.Guests(
             served, wait=group.acquire_wait, grace=group.lease_grace,
             reachable=lambda: ways.healthy,

@@ -129,7 +129,7 @@ class Hydrator:
         if not self._room.is_roomy(missing):
             raise exception.NoSpace(
                 f'{missing >> 20} MiB more would leave less free than '
-                f'[agent] min_free')
+                f'[agent] min_free, or pass [agent] quota')
         self._follow_rate()
         return self._host.hydrate(
             image_id, pace=self._pace,

@@ -3,8 +3,6 @@
 
 import contextlib
 import importlib.metadata
-import os
-import pathlib
 import time
 from collections.abc import Callable
 from typing import Any, Final
@@ -96,27 +94,17 @@ class Reporter:
     def _step(self) -> None:
         self.worker.pause(_GATHER)
         images = self.images()
+        volumes, mirror = self._host.held()
         report = {
             'host': self._name, 'at': time.time(), 'software': software(),
             'version': self._sync.version,
             'images': [{key: image[key] for key in (
                 'id', 'state', 'progress', 'error', 'serial')}
                 for image in images],
-            'volume_bytes': sum(one.disk_used()
-                                for one in self._host.volumes()),
-            'mirror_bytes': _disk_used(self._host.mirror.path),
+            'volume_bytes': volumes, 'mirror_bytes': mirror,
             'free_bytes': self._room.free(),
             'lazy_guests': self._lazy(),
         }
         self.last = report
         self._told.note(report, sum(image['leases'] for image in images))
         self._send(report)
-
-
-def _disk_used(directory: pathlib.Path) -> int:
-    total = 0
-    for path, _directories, names in os.walk(directory):
-        for name in names:
-            with contextlib.suppress(FileNotFoundError):
-                total += os.stat(os.path.join(path, name)).st_blocks * 512
-    return total

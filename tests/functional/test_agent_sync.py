@@ -380,6 +380,67 @@ def test_room(world, parts, monkeypatch):
     assert one.row('image-0')['state'] == 'thawed'
 
 
+def used(one, *names):
+    """Acquired one after the other, and let go."""
+    for name in names:
+        one.host.acquire(name, 'guest')
+        one.host.release(name, 'guest')
+        time.sleep(0.02)
+
+
+def test_the_least_recently_used_goes_first(world, parts):
+    one = parts()
+    one.host.sync()
+    used(one, 'image-0', 'image-1', 'image-2', 'image-0')
+    for expected in (['image-1'], ['image-1', 'image-2'],
+                     ['image-1', 'image-2', 'image-0']):
+        one.room.make()
+        assert one.evicted == expected
+
+
+def test_pinned_and_leased_images_stay(world, parts, monkeypatch):
+    one = parts(min_free=1000)
+    one.host.sync()
+    used(one, 'image-0', 'image-1', 'image-2')
+    one.host.find('image-0')[0].pin('image-0')
+    one.host.acquire('image-1', 'guest')
+    monkeypatch.setattr(one.room, 'free', lambda: 0)
+    one.room.keep()
+    assert one.evicted == ['image-2']
+    one.room.keep()
+    assert one.evicted == ['image-2'], 'there is nothing more'
+    one.host.find('image-0')[0].unpin('image-0')
+    one.room.keep()
+    assert one.evicted == ['image-2', 'image-0']
+    assert one.states()['image-1'] == 'thawed'
+
+
+def test_quota(world, parts):
+    one = parts()
+    one.host.sync()
+    used(one, 'image-0', 'image-1')
+    one.host.acquire('image-2', 'guest')
+    held = sum(one.host.held())
+    one.room._quota = held
+    one.room.keep()
+    one.room.demand()
+    assert one.evicted == []
+    assert not one.room.is_roomy(1) and one.room.is_roomy(0)
+    one.room._quota = held - 1
+    assert not one.room.is_roomy(0)
+    one.room.demand()
+    assert one.evicted == ['image-0'], 'the one that was not used longest'
+    one.room._quota = 1
+    with pytest.raises(exception.NoSpace, match='quota'):
+        one.room.demand()
+    assert one.evicted == ['image-0', 'image-1'], 'the leased one stays'
+    # Nothing comes into it that nobody waits for; what a guest reads does.
+    one.hydrator.worker.start()
+    wait_for(lambda: 'quota' in one.row('image-2')['error'])
+    one.host.ensure('image-2', 300 * 4096, 4096)
+    assert sum(one.host.held()) > 1
+
+
 def test_the_report(world, parts):
     one = parts()
     one.sync.worker.start()
