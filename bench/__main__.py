@@ -8,7 +8,7 @@ import sys
 
 from bench import result
 
-SUITES = ('core', 'block-size', 'openstack')
+SUITES = ('core', 'block-size', 'openstack', 'hydration')
 
 
 def main() -> int:

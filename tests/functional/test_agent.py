@@ -17,6 +17,7 @@ from xml.etree import ElementTree
 import pytest
 from agents import Agent, Line, call, needs_nbdkit, wait_for
 from images import World, compare, data_blocks, disk, fast_directory, verify
+from test_store_http import stop_hard
 
 from fastboot_common import chain
 
@@ -366,6 +367,31 @@ def test_killed_while_it_pulls(agent, world, nginx):
     agent.await_state('large', 'ready')
     assert agent.acquire('large', world.path / 'stub')[0] == 200
     read_all(agent, world, 'large')
+
+
+def test_one_of_two_servers_is_killed_while_it_hydrates(
+        agent, world, nginx):
+    world.publish('large', disk(9000 * 4096, 3, zeros=0), range(60))
+    servers = [nginx(world.path / 'repo', extra='limit_rate 1m;')
+               for _ in range(2)]
+    agent.configure(servers[0].url, repository={
+        'replicas': servers[1].url, 'timeout': 2, 'retries': 1})
+    agent.start()
+    agent.await_state('large', 'ready')
+    assert agent.call('prepare', image='large')[0] == 202
+    wait_for(lambda: agent.image('large')['progress'] > .2)
+    stop_hard(servers[1])
+    # A guest's read does not wait for the one that is gone.
+    begun = time.monotonic()
+    assert agent.call('ensure', image='large', offset=8999 * 4096,
+                      length=4096) == (200, {})
+    assert time.monotonic() - begun < 10
+    agent.await_state('large', 'complete')
+    read_all(agent, world, 'large')
+    for server in servers:
+        lines = (server.prefix / 'access.log').read_text().splitlines()
+        assert sum('/packs/' in line for line in lines) > 4, lines
+    assert 'is left out for a while' in agent.words()
 
 
 def test_killed_while_guests_come(agent, world):
