@@ -82,4 +82,8 @@ def described(row: dict[str, Any]) -> str:
 
 def percent(row: dict[str, Any]) -> str:
     """Progress, where there is some to speak of."""
-    return f'{row["progress"]:.0%}' if row['state'] == 'transferring' else ''
+    if row['state'] == 'transferring':
+        return f'{row["progress"]:.0%}'
+    # APIs of before do not say it.
+    return f'{row["present"]:.0%}' if row.get('present', 1) < 1 and row.get(
+        'detail') == 'thawed' else ''

@@ -102,6 +102,8 @@ class Agent:
                     lambda: self._memory.bytes)
         told.follow('lazy_guests', 'Guests that need the export',
                     lambda: len(self._lazy.guests or ()))
+        told.follow('hydrate_left_bytes', 'Bytes that the image lacks which '
+                    'is being completed', lambda: self._hydrator.left)
         told.follow('version_lag', 'Versions of the repository that this '
                     'host is behind', lambda: max(
                         0, self._sync.heard - self._sync.version))

@@ -54,6 +54,8 @@ class Hydrator:
         self._not_before: dict[str, float] = {}
         #: Bytes a second of the image at hand; 0: any.
         self.rate = 0
+        #: Bytes that it lacks; 0: none is being completed.
+        self.left = 0
         #: By image id: why it is not completed, in words.
         self.errors: dict[str, str] = {}
         self.worker = worker.Worker('hydrate', self._step, _INTERVAL)
@@ -131,9 +133,13 @@ class Hydrator:
                 f'{missing >> 20} MiB more would leave less free than '
                 f'[agent] min_free, or pass [agent] quota')
         self._follow_rate()
-        return self._host.hydrate(
-            image_id, pace=self._pace,
-            cancelled=lambda: self._is_to_yield(image_id))
+        self.left = missing
+        try:
+            return self._host.hydrate(
+                image_id, pace=self._pace,
+                cancelled=lambda: self._is_to_yield(image_id))
+        finally:
+            self.left = 0
 
     def _follow_rate(self) -> None:
         rate = self._ask_rate()
@@ -155,4 +161,5 @@ class Hydrator:
         while self._busy() and time.monotonic() < deadline:
             if not self.worker.pause(0.05):
                 return
+        self.left = max(0, self.left - count)
         self._told.hydrate_bytes.inc(count)

@@ -329,6 +329,23 @@ def test_the_rate_of_hydration(world, parts, monkeypatch):
     assert sum(count for _, count in taken) == 2 * 320 * 4096
 
 
+def test_what_is_left_to_hydrate(world, parts):
+    one = parts()
+    one.host.sync()
+    one.host.acquire('image-0', 'guest')
+    left, real = [], one.hydrator._pace
+
+    def pace(count):
+        left.append(one.hydrator.left)
+        real(count)
+        left.append(one.hydrator.left)
+
+    one.hydrator._pace = pace
+    assert one.hydrator._hydrate('image-0')
+    assert left[0] == 320 * 4096 and left[-1] == 0
+    assert one.hydrator.left == 0
+
+
 def test_hydration_without_a_repository(world, parts, monkeypatch):
     monkeypatch.setattr(hydrate, '_AGAIN', 0.05)
     source = CountingStore(world.path / 'repo')

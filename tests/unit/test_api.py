@@ -89,6 +89,7 @@ def test_every_state_on_a_host(centre):
     assert 'no report for' in one['h4']['error']
     assert 'was ready' in one['h4']['error']
     assert two['h1'] == {'state': 'transferring', 'progress': .25,
+                         'present': 0.0,
                          'error': '', 'detail': 'transferring'}
     assert two['h2']['state'] == 'stale'
     assert f'newest is {serial}' in two['h2']['error']

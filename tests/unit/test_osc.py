@@ -245,6 +245,15 @@ def test_hosts(centre, run):
     assert f'name of {ONE}' in run(host.Show, 'h1', output='table')
 
 
+def test_how_much_of_an_image_is_there(centre, run):
+    centre.report('h1', {ONE: {'state': 'thawed', 'progress': .37,
+                               'serial': 1}, TWO: 'complete'})
+    places = run(host.Show, 'h1')['images']
+    assert places[ONE]['present'] == .37
+    assert 'ready (thawed) 37%' in ' '.join(
+        run(host.Show, 'h1', output='table').split())
+
+
 def test_guests_that_need_the_export(centre, run):
     centre.report('h1', {}, lazy_guests=[NEW, TWO])
     centre.report('h2', {})
