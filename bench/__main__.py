@@ -8,7 +8,7 @@ import sys
 
 from bench import result
 
-SUITES = ('core', 'block-size', 'openstack', 'operations')
+SUITES = ('core', 'block-size', 'openstack', 'operations', 'hydration')
 
 
 def main() -> int:

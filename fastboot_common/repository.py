@@ -3,6 +3,7 @@
 
 import collections
 import contextlib
+import functools
 import hashlib
 import json
 import uuid
@@ -60,7 +61,8 @@ class Repository:
         :raises UnknownVersion: it is of a newer format.
         """
         self.store = source
-        self.id, self.block_size = read_config(source.get('config.json'))
+        self.id, self.block_size = read_config(
+            source.get('config.json', check=read_config))
         self._state = state or journal.State()
         self._trust = trust
         self._signer = signer
@@ -81,8 +83,9 @@ class Repository:
         newest = None
         while True:
             try:
-                data = self.store.get(store.entry_name(known.version + 1),
-                                      journal.ENTRY_LIMIT)
+                data = self.store.get(
+                    store.entry_name(known.version + 1), journal.ENTRY_LIMIT,
+                    functools.partial(journal.apply, known))
             except exception.NotFound:
                 break
             known, newest = journal.apply(known, data), data
@@ -114,14 +117,9 @@ class Repository:
 
     def _hint(self) -> int:
         try:
-            number = json.loads(self.store.get('head.json', 4096))['version']
-            if type(number) is not int or not 0 < number < 10 ** 16:
-                raise ValueError(f'version {number!r}')
-            return number
+            return _read_head(self.store.get('head.json', 4096, _read_head))
         except exception.NotFound:
             return 0
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise exception.Corrupt(f'head.json: {error!r}') from error
 
     def _from_checkpoint(self, hint: int) -> journal.State:
         """The state at the newest checkpoint up to entry `hint`.
@@ -140,11 +138,11 @@ class Repository:
             entry = self.store.get(store.entry_name(number),
                                    journal.ENTRY_LIMIT)
             digest = journal.state_digest(entry, number)
-            data = self.store.get(store.object_name('states', digest))
+            data = self.store.get(
+                store.object_name('states', digest),
+                check=functools.partial(_check_state, digest))
         except exception.NotFound:
             return journal.State()
-        if hashlib.sha256(data).hexdigest() != digest:
-            raise exception.Corrupt(f'states/{digest}: digest does not match')
         state = journal.State.from_json(data, f'states/{digest}')
         if state.version != number - 1:
             raise exception.Corrupt(f'checkpoint {number}: its state is of '
@@ -167,8 +165,10 @@ class Repository:
         """
         if digest not in self._manifests:
             found = manifest.Manifest.unpack(
-                self.store.get(store.object_name('manifests', digest),
-                               manifest.LIMIT), digest)
+                self.store.get(
+                    store.object_name('manifests', digest), manifest.LIMIT,
+                    lambda data: manifest.Manifest.unpack(data, digest)),
+                digest)
             if found.block_size != self.block_size:
                 raise exception.Corrupt(
                     f'manifest {digest}: blocks of {found.block_size} bytes, '
@@ -271,6 +271,26 @@ class Repository:
             return {'image_id': image_id}
 
         return self.append('deregister', build)
+
+
+def _read_head(data: bytes) -> int:
+    """The version in ``head.json``.
+
+    :raises Corrupt: it is damaged.
+    """
+    try:
+        number = json.loads(data)['version']
+        if type(number) is not int or not 0 < number < 10 ** 16:
+            raise ValueError(f'version {number!r}')
+        return number
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise exception.Corrupt(f'head.json: {error!r}') from error
+
+
+def _check_state(digest: str, data: bytes) -> None:
+    """:raises Corrupt: a state has another digest."""
+    if hashlib.sha256(data).hexdigest() != digest:
+        raise exception.Corrupt(f'states/{digest}: digest does not match')
 
 
 def read_config(data: bytes) -> tuple[str, int]:

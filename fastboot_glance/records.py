@@ -88,6 +88,7 @@ class Host:
     :ivar at: when it was made, by the host's clock, or when it came if that
         was before (seconds, Unix time).
     :ivar version: of the repository, as the host knows it.
+    :ivar lazy_guests: ids of guests that need the export; None: unknown.
     """
 
     name: str
@@ -98,6 +99,7 @@ class Host:
     mirror_bytes: int
     free_bytes: int
     images: dict[str, HostImage]
+    lazy_guests: list[str] | None = None
 
 
 def _guarded(
@@ -249,6 +251,7 @@ class Records:
         values = {
             'at': min(float(report['at']), time.time()),
             'digest': hashlib.sha256(images).hexdigest(), 'images': images,
+            'lazy_guests': json.dumps(report['lazy_guests']),
         } | {key: report[key] for key in (
             'version', 'software', 'volume_bytes', 'mirror_bytes',
             'free_bytes')}
@@ -278,7 +281,7 @@ class Records:
             return None
         row = rows[0]
         del row['digest']
-        return Host(**{**row, 'images': _decode(row['images'])})
+        return Host(**_guests(row) | {'images': _decode(row['images'])})
 
     @_guarded
     def hosts(self) -> list[Host]:
@@ -297,7 +300,7 @@ class Records:
             # A report that came between the two looks is shown next time.
             digest: images for digest in digests
             if (images := fresh.get(digest, known.get(digest))) is not None}
-        return [Host(**row, images=found[digest])
+        return [Host(**_guests(row), images=found[digest])
                 for row, digest in zip(rows, digests, strict=True)
                 if digest in found]
 
@@ -369,6 +372,10 @@ def clean(text: str, limit: int) -> str:
 
 def _share(progress: float) -> float:
     return min(max(progress, 0.0), 1.0) if math.isfinite(progress) else 0.0
+
+
+def _guests(row: dict[str, Any]) -> dict[str, Any]:
+    return row | {'lazy_guests': json.loads(row['lazy_guests'] or 'null')}
 
 
 def _encode(images: list[dict[str, Any]]) -> bytes:

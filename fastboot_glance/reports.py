@@ -17,7 +17,10 @@ STATES: Final = (
     'error')
 #: Images in a report.
 IMAGES_LIMIT: Final = 20_000
+#: Guests in a report.
+GUESTS_LIMIT: Final = 1000
 _ERROR_LIMIT: Final = 500
+_GUEST: Final = re.compile(r'[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}')
 _HOST: Final = re.compile(r'[A-Za-z0-9][A-Za-z0-9._-]{0,254}')
 
 
@@ -53,6 +56,7 @@ def check(report: Any) -> dict[str, Any]:
             'version': _integer(report, 'version', journal.SERIAL_LIMIT),
             'software': _text(report, 'software', 64),
             'images': checked,
+            'lazy_guests': _guests(report.get('lazy_guests')),
         } | {key: _integer(report, key, 1 << 63) for key in (
             'volume_bytes', 'mirror_bytes', 'free_bytes')}
     except KeyError as error:
@@ -76,6 +80,17 @@ def _image(one: Any) -> dict[str, Any]:
         'serial': None if one.get('serial') is None else
         _integer(one, 'serial', journal.SERIAL_LIMIT),
     }
+
+
+def _guests(ids: Any) -> list[str] | None:
+    """Ids of guests; None: the host cannot tell, or is too old to."""
+    if ids is None:
+        return None
+    if not isinstance(ids, list) or len(ids) > GUESTS_LIMIT or not all(
+            isinstance(one, str) and _GUEST.fullmatch(one) for one in ids):
+        raise exception.Invalid('"lazy_guests" is no list of ids, or too '
+                                'long')
+    return ids
 
 
 def _integer(where: dict[str, Any], key: str, limit: int) -> int:

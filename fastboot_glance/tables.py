@@ -54,6 +54,7 @@ HOSTS: Final = sa.Table(
     sa.Column('free_bytes', sa.BigInteger, nullable=False),
     sa.Column('digest', sa.String(64), nullable=False),
     sa.Column('images', BLOB, nullable=False),
+    sa.Column('lazy_guests', sa.Text),
     **OPTIONS)
 
 

@@ -102,6 +102,20 @@ class Agent:
             raise exception.Unavailable(
                 f'the agent answers nonsense: {error!r}') from error
 
+    def held(self) -> tuple[pathlib.Path, int]:
+        """Where mirror and volumes are, and the bytes that they take.
+
+        :raises Unavailable: the agent does not answer, or does not know yet.
+        """
+        status = self._call('GET', '/v1/status', None)
+        try:
+            return pathlib.Path(status['path']), (
+                int(status['volume_bytes']) + int(status['mirror_bytes']))
+        except (KeyError, TypeError, ValueError) as error:
+            raise exception.Unavailable(
+                f'the agent does not know yet what it holds: '
+                f'{error!r}') from error
+
     def _call(self, method: str, path: str,
               body: dict[str, Any] | None) -> dict[str, Any]:
         deadline = time.monotonic() + self._seconds

@@ -14,13 +14,14 @@ from typing import Any, Final
 
 import nova.conf
 import nova.privsep.path
+import os_resource_classes as orc
 from lxml import etree
 from nova import exception as nova_exception
 from nova import objects
 from nova.virt.libvirt import driver
 from nova.virt.libvirt import utils as libvirt_utils
 from oslo_log import log as logging
-from oslo_utils import fileutils
+from oslo_utils import fileutils, units
 
 from fastboot_common import chain, exception, overlay
 from fastboot_nova import backend
@@ -38,6 +39,9 @@ class FastbootLibvirtDriver(driver.LibvirtDriver):
 
     def __init__(self, virtapi: Any, read_only: bool = False) -> None:
         super().__init__(virtapi, read_only)
+        #: GiB that fastboot holds of Nova's disk, as last known.
+        self._held = 0
+        self._is_local = False
         kind = self.image_backend.backend()
         if kind is not driver.imagebackend.Qcow2:
             LOG.warning(
@@ -47,6 +51,35 @@ class FastbootLibvirtDriver(driver.LibvirtDriver):
             return
         self.image_backend.BACKEND.update(
             qcow2=backend.FastbootQcow2, default=backend.FastbootQcow2)
+        self._is_local = True
+
+    def update_provider_tree(
+            self, provider_tree: Any, nodename: str,
+            allocations: dict[str, Any] | None = None) -> None:
+        """As Nova's; of the disk, what fastboot holds is reserved.
+
+        Placement counts flavors, not files: it would promise that space.
+        """
+        super().update_provider_tree(provider_tree, nodename, allocations)
+        inventory = provider_tree.data(nodename).inventory
+        disk = inventory.get(orc.DISK_GB)
+        if disk and self._is_local and CONF.fastboot.reserve_disk:
+            self._look_what_is_held()
+            # More than there is, Placement refuses.
+            disk['reserved'] = min(
+                disk['total'], disk['reserved'] + self._held)
+            provider_tree.update_inventory(nodename, inventory)
+
+    def _look_what_is_held(self) -> None:
+        """While the agent is away, what was known stays."""
+        try:
+            path, count = backend.agent().held()
+            shared = (path.stat().st_dev
+                      == pathlib.Path(CONF.instances_path).stat().st_dev)
+        except (exception.FastbootError, OSError) as error:
+            LOG.debug('fastboot: what it holds is not known: %s', error)
+            return
+        self._held = -(-count // units.Gi) if shared else 0
 
     def _hard_reboot(self, context: Any, instance: Any, *args: Any,
                      **kwargs: Any) -> Any:

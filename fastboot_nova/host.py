@@ -112,6 +112,7 @@ class Host:
         # Guests that miss do not queue behind what can wait.
         self._background = concurrent.futures.ThreadPoolExecutor(
             _FETCHES, 'hydrate')
+        self._filler = concurrent.futures.ThreadPoolExecutor(1, 'fill')
         #: By image id: the manifest whose boot set is in the volume, and
         #: the slot that has it (eviction ends a slot).
         self._thawed: dict[str, tuple[str, slot.Slot]] = {}
@@ -120,6 +121,7 @@ class Host:
         """Close all volumes."""
         self._fetchers.shutdown()
         self._background.shutdown()
+        self._filler.shutdown()
         self._pool.shutdown()
         for one in self._volumes.values():
             one.close()
@@ -348,14 +350,12 @@ class Host:
                     f'can be used here once no guest has that one')
 
     def _fill(self, one: volume.Volume, image_id: str,
-              frames: list[mirror.Frame],
-              fetchers: concurrent.futures.Executor) -> None:
-        """Put frames into a volume that may have to come from far.
+              frames: list[mirror.Frame], plain: list[bytes]) -> None:
+        """Put frames into a volume.
 
-        They are all here before the volume is locked: a slow repository
-        must not hold up other guests. :data:`_FRAMES_AT_ONCE` bounds memory.
+        :param plain: their bytes. They are all here before the volume is
+            locked: a slow repository must not hold up other guests.
         """
-        plain = list(fetchers.map(self.mirror.plain, frames))
         one.fill(image_id, [
             volume.Batch(frame.numbers, frame.digests, frame.positions,
                          functools.partial(plain.__getitem__, at))
@@ -400,7 +400,8 @@ class Host:
         found = self.mirror.read_manifest(image.manifest)
         frames = self.mirror.widen(found, self.mirror.frames(found, numbers))
         for part in _parts(frames):
-            self._fill(one, image_id, part, self._fetchers)
+            self._fill(one, image_id, part,
+                       self.mirror.plain_many(part, self._fetchers))
 
     # In the background
 
@@ -412,7 +413,7 @@ class Host:
 
         Safe to interrupt; a repeat goes on with what lacks.
 
-        :param progress: told the plain bytes as they are there.
+        :param progress: told the plain bytes as they come.
         :param pace: told the plain bytes that come next; may wait.
         :returns: whether the image is complete.
         """
@@ -425,15 +426,22 @@ class Host:
                 progress(self.mirror.block_size
                          * (len(numbers) - len(missing)))
             frames = self.mirror.frames(found, missing)
+            filling = _done()
             for part in _parts(frames):
                 size = self.mirror.block_size * sum(
                     len(frame.numbers) for frame in part)
                 pace(size)
                 if cancelled():
+                    filling.result()
                     return False
-                self._fill(one, image_id, part, self._background)
+                plain = self.mirror.plain_many(part, self._background)
+                # One part is written while the next one comes.
+                filling.result()
+                filling = self._filler.submit(
+                    self._fill, one, image_id, part, plain)
                 if progress:
                     progress(size)
+            filling.result()
         return one.complete(image_id)
 
     def data_bytes(self, image: journal.Image) -> int:
@@ -482,6 +490,11 @@ class Host:
 
     # Looking at it
 
+    def held(self) -> tuple[int, int]:
+        """Bytes of the disk that volumes and mirror take."""
+        return (sum(one.disk_used() for one in self.volumes()),
+                _disk_used(self.mirror.path))
+
     def status(self) -> list[Status]:
         """Every registered image, and those that only this host has."""
         here = {image_id: (one, image) for one in self.volumes()
@@ -523,6 +536,15 @@ class Host:
             data_blocks(found), self._pool)
 
 
+def _disk_used(directory: pathlib.Path) -> int:
+    total = 0
+    for path, _directories, names in os.walk(directory):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                total += os.stat(os.path.join(path, name)).st_blocks * 512
+    return total
+
+
 def _presence(one: volume.Volume, image_id: str) -> tuple[str, float]:
     """State and share of an image that has a slot.
 
@@ -533,6 +555,13 @@ def _presence(one: volume.Volume, image_id: str) -> tuple[str, float]:
         return 'complete', 1.0
     present, missing = target.present(), target.missing()
     return 'thawed', present / max(present + missing, 1)
+
+
+def _done() -> concurrent.futures.Future[None]:
+    """Work that has been done."""
+    future: concurrent.futures.Future[None] = concurrent.futures.Future()
+    future.set_result(None)
+    return future
 
 
 def _parts(frames: list[mirror.Frame]) -> Iterator[list[mirror.Frame]]:

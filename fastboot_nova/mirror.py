@@ -6,6 +6,7 @@ checked again when it is read: a frame that lacks or rotted is fetched anew.
 """
 
 import collections
+import concurrent.futures
 import contextlib
 import dataclasses
 import errno
@@ -35,6 +36,8 @@ LOG = logging.getLogger(__name__)
 
 #: A pack is taken whole if this share of its bytes is needed.
 _WHOLE: Final = 0.5
+#: Bytes that are worth a request: neighbours are fetched together up to it.
+_REQUEST: Final = 512 << 10
 _INDEXES: Final = 16
 _MANIFESTS: Final = 4
 
@@ -50,6 +53,11 @@ class Frame:
     number: int
     numbers: blocks.Blocks
     ordinals: blocks.Blocks
+
+    @property
+    def extent(self) -> tuple[int, int]:
+        """Offset and length (bytes) in the pack."""
+        return self.index.extent(self.number)
 
     @property
     def digests(self) -> list[bytes]:
@@ -91,8 +99,7 @@ class Mirror:
         self._repository: repository.Repository | None = None
         config = path / 'config.json'
         if not config.exists():
-            data = source.get('config.json')
-            repository.read_config(data)
+            data = source.get('config.json', check=repository.read_config)
             files.write_atomically(config, data)
         self.id, self.block_size = repository.read_config(
             config.read_bytes())
@@ -157,8 +164,9 @@ class Mirror:
             data = path.read_bytes()
             manifest.Manifest.unpack(data, digest)
             return data
-        data = self.source.get(name, manifest.LIMIT)
-        manifest.Manifest.unpack(data, digest)
+        data = self.source.get(
+            name, manifest.LIMIT,
+            lambda data: manifest.Manifest.unpack(data, digest))
         files.write_atomically(path, data)
         return data
 
@@ -212,11 +220,12 @@ class Mirror:
             files.remove(self._path('partial', ref.digest))
             return ref.size
         total = 0
-        for frame in frames:
-            if not self._is_local(frame):
-                total += len(self._fetch(frame, keep=True))
-                if progress:
-                    progress(frame.index.extent(frame.number)[1])
+        for group in _neighbours([frame for frame in frames
+                                  if not self._is_local(frame)]):
+            count = sum(map(len, self._fetch(group, keep=True)))
+            total += count
+            if progress:
+                progress(count)
         return total
 
     # Frames
@@ -274,7 +283,9 @@ class Mirror:
                 ref, lambda offset, length: self._read_local(
                     ref, offset, length), self.block_size)
         name = store.object_name('packs', ref.digest)
-        data = self.source.read(name, ref.index_offset, ref.index_length)
+        data = self.source.read(
+            name, ref.index_offset, ref.index_length,
+            lambda data: pack.PackIndex(ref, data, self.block_size))
         index = pack.PackIndex(ref, data, self.block_size)
         self._write_local(ref, ref.index_offset, data)
         return index
@@ -286,31 +297,64 @@ class Mirror:
         :raises Corrupt: the source has other bytes, too.
         :raises Unavailable: it is not here, and the source is out of reach.
         """
+        found = self._plain_local(frame)
+        return self._plain_fetched([frame], keep)[0] if found is None \
+            else found
+
+    def plain_many(self, frames: list[Frame],
+                   pool: concurrent.futures.Executor) -> list[bytes]:
+        """As :meth:`plain`, with one request for frames that are neighbours.
+
+        :param pool: fetches side by side.
+        """
+        plain = {at: data for at, data in enumerate(
+            pool.map(self._plain_local, frames)) if data is not None}
+        lacking = {id(frame): at for at, frame in enumerate(frames)
+                   if at not in plain}
+        groups = _neighbours([frames[at] for at in lacking.values()])
+        for group, found in zip(groups, pool.map(
+                self._plain_fetched, groups), strict=True):
+            plain |= {lacking[id(frame)]: data for frame, data
+                      in zip(group, found, strict=True)}
+        return [plain[at] for at in range(len(frames))]
+
+    def _plain_local(self, frame: Frame) -> bytes | None:
+        """A frame's plain bytes, if they are here."""
         with contextlib.suppress(exception.Corrupt, exception.NotFound):
             return frame.index.decode(frame.number, self._read_local(
-                frame.ref, *frame.index.extent(frame.number)))
-        return frame.index.decode(frame.number, self._fetch(frame, keep))
+                frame.ref, *frame.extent))
+        return None
+
+    def _plain_fetched(self, group: list[Frame],
+                       keep: bool = False) -> list[bytes]:
+        """The plain bytes of neighbours, fetched."""
+        try:
+            return [frame.index.decode(frame.number, data) for frame, data
+                    in zip(group, self._fetch(group, keep), strict=True)]
+        except exception.Corrupt:
+            if len(group) == 1:
+                raise
+        # Each copy of the repository may have damaged another one.
+        return [self._plain_fetched([frame], keep)[0] for frame in group]
 
     def _is_local(self, frame: Frame) -> bool:
         try:
             data = self._read_local(
-                frame.ref, *frame.index.extent(frame.number))
+                frame.ref, *frame.extent)
         except exception.NotFound:
             return False
         return frame.index.intact(frame.number, data)
 
-    def _fetch(self, frame: Frame, keep: bool) -> bytes:
-        offset, length = frame.index.extent(frame.number)
-        data = self.source.read(store.object_name('packs', frame.ref.digest),
-                                offset, length)
-        if not frame.index.intact(frame.number, data):
-            raise exception.Corrupt(
-                f'pack {frame.ref.digest}: frame {frame.number} is damaged '
-                f'in the repository; run "fastbootctl repo check" there')
-        whole = self._path('packs', frame.ref.digest)
-        if keep or whole.exists():
-            self._write_local(frame.ref, offset, data)
-        return data
+    def _fetch(self, group: list[Frame], keep: bool) -> list[bytes]:
+        """The compressed bytes of neighbours, by one request, checked."""
+        ref, offset = group[0].ref, group[0].extent[0]
+        data = self.source.read(
+            store.object_name('packs', ref.digest), offset,
+            sum(group[-1].extent) - offset,
+            lambda data: _check_frames(group, data))
+        if keep or self._path('packs', ref.digest).exists():
+            self._write_local(ref, offset, data)
+        return _split(group, data)
 
     def _path(self, kind: str, digest: str) -> pathlib.Path:
         return self.path / kind / digest[:2] / digest
@@ -376,7 +420,45 @@ class Mirror:
         return freed
 
 
+def _neighbours(frames: list[Frame]) -> list[list[Frame]]:
+    """Frames in groups for one request each.
+
+    Those of a group follow each other in their pack, and end it as soon as
+    it is worth a request: more of them go side by side.
+    """
+    groups: list[list[Frame]] = []
+    size = 0
+    for frame in sorted(frames, key=lambda one: (
+            one.ref.digest, one.number)):
+        offset, length = frame.extent
+        last = groups[-1][-1] if groups else None
+        if (last and size < _REQUEST and last.ref == frame.ref
+                and sum(last.extent) == offset):
+            groups[-1].append(frame)
+            size += length
+        else:
+            groups.append([frame])
+            size = length
+    return groups
+
+
+def _split(group: list[Frame], data: bytes) -> list[bytes]:
+    """What belongs to each frame of neighbours."""
+    start = group[0].extent[0]
+    return [data[offset - start:offset - start + length]
+            for offset, length in (frame.extent for frame in group)]
+
+
+def _check_frames(group: list[Frame], data: bytes) -> None:
+    """:raises Corrupt: one of neighbours is damaged."""
+    for frame, part in zip(group, _split(group, data), strict=True):
+        if not frame.index.intact(frame.number, part):
+            raise exception.Corrupt(
+                f'pack {frame.ref.digest}: frame {frame.number} is damaged '
+                f'in the repository; run "fastbootctl repo check" there')
+
+
 def _cost(ref: pack.PackRef, frames: list[Frame]) -> int:
     """Bytes to fetch for some frames of a pack."""
-    wanted = sum(frame.index.extent(frame.number)[1] for frame in frames)
+    wanted = sum(frame.extent[1] for frame in frames)
     return ref.size if wanted >= _WHOLE * ref.size else wanted

@@ -7,6 +7,7 @@ from typing import Any
 from cliff import command, lister, show
 
 from fastboot_common import exception, repository, signing, store
+from fastboot_common.store import striped, throttle
 
 
 class Environment:
@@ -41,15 +42,37 @@ class Environment:
         return (self.conf.repository.location
                 or str(self.state_dir / 'repository'))
 
+    def locations(self) -> list[str]:
+        """Where hosts may read the repository: there, and its replicas."""
+        return [self.location(), *self.conf.repository.replicas]
+
     def open_store(self) -> store.ReadStore:
         """The repository's store."""
         location = self.location()
         if '://' not in location and not pathlib.Path(location).exists():
             raise _no_repository(location)
+        return self._open(location, self.conf.repository.retries,
+                          self._throttle())
+
+    def open_replicas(self) -> store.ReadStore:
+        """The repository for reading, at all places that have it."""
+        if not self.conf.repository.replicas:
+            return self.open_store()
+        limit = self._throttle()
+        return striped.StripedStore(
+            [self._open(one, 0, limit) for one in self.locations()],
+            retries=self.conf.repository.retries)
+
+    def _open(self, location: str, retries: int,
+              limit: throttle.Throttle | None) -> store.ReadStore:
         group = self.conf.repository
         return store.open_store(
-            location, timeout=group.timeout, retries=group.retries,
-            limit_rate=group.limit_rate or None, ca_file=group.ca_file)
+            location, timeout=group.timeout, retries=retries,
+            throttle=limit, ca_file=group.ca_file)
+
+    def _throttle(self) -> throttle.Throttle | None:
+        rate = self.conf.repository.limit_rate
+        return throttle.Throttle(rate) if rate else None
 
     def trust(self) -> signing.Trust | None:
         """Who may say what a repository is; None: its server."""

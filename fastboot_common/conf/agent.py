@@ -56,9 +56,12 @@ OPTS = [
              'came for. Boots are over by then, and short-lived guests never '
              'cause it. Images that Nova is told to cache do not wait.'),
     cfg.IntOpt(
-        'hydrate_rate', default=32 << 20, min=0,
-        help='Bytes a second (decompressed) that hydration writes at most. '
-             '0: no limit.'),
+        'hydrate_rate', default=-1, min=-1,
+        help='Bytes a second (decompressed) that hydration brings at most. '
+             '-1: half of what the interfaces towards the repository can '
+             'carry, by what the kernel says of them; no limit where it '
+             'says nothing, as of many virtual ones, or the repository is a '
+             'directory. 0: no limit.'),
 
     # Space and memory
     cfg.IntOpt(
@@ -68,6 +71,12 @@ OPTS = [
              'and nothing more is pulled or hydrated. Guests\' own disks '
              'often lie there too: raise it to what they may grow by '
              'between two looks.'),
+    cfg.IntOpt(
+        'quota', default=0, min=0,
+        help='Bytes that volumes and mirror may take together: images '
+             'without guests are evicted and nothing more is pulled or '
+             'hydrated, as with "min_free". What guests that run read comes '
+             'all the same. 0: any.'),
     cfg.IntOpt(
         'lock_memory', default=0, min=0,
         help='Bytes of memory in which boot sets of "lock_images" and of '

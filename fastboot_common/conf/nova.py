@@ -13,6 +13,11 @@ OPTS = [
         help='Whether new servers boot from local blocks where they can. '
              'Off: every new server takes the stock path; servers that are '
              'here already go on as they are.'),
+    cfg.BoolOpt(
+        'reserve_disk', default=True,
+        help='Whether what fastboot holds on the file system of '
+             '"instances_path" is reserved in Placement (DISK_GB), beside '
+             '"reserved_host_disk_mb". Off: keep a share for it there.'),
     cfg.StrOpt(
         'agent_socket', default='/var/lib/fastboot/run/agent.sock',
         help='Socket of fastboot-agent on this host.'),

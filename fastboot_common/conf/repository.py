@@ -11,6 +11,12 @@ OPTS = [
         'location',
         help='Directory, or http:// or https:// URL of the repository. '
              'Builders need a directory. Default: "repository" in state_dir.'),
+    cfg.ListOpt(
+        'replicas', default=[],
+        help='Further URLs, or directories, of the same repository, for '
+             'hosts: reads are spread over "location" and these, and go on '
+             'with the others while one fails. What they give is checked; '
+             'they may be behind each other for a while.'),
     cfg.IntOpt(
         'block_size', default=blocks.DEFAULT_BLOCK_SIZE,
         choices=list(blocks.BLOCK_SIZES),

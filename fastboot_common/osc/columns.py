@@ -42,6 +42,22 @@ class Ready(columns.FormattableColumn[Any]):
         return f'{words} ({", ".join(trouble)})' if trouble else words
 
 
+class Lines(columns.FormattableColumn[Any]):
+    """Some ids."""
+
+    def human_readable(self) -> str:
+        """One a line."""
+        return 'unknown' if self._value is None else '\n'.join(self._value)
+
+
+class Count(columns.FormattableColumn[Any]):
+    """Some ids, where there is little room."""
+
+    def human_readable(self) -> str:
+        """How many."""
+        return '' if self._value is None else str(len(self._value))
+
+
 class Places(columns.FormattableColumn[Any]):
     """State by host, or by image."""
 
@@ -66,4 +82,8 @@ def described(row: dict[str, Any]) -> str:
 
 def percent(row: dict[str, Any]) -> str:
     """Progress, where there is some to speak of."""
-    return f'{row["progress"]:.0%}' if row['state'] == 'transferring' else ''
+    if row['state'] == 'transferring':
+        return f'{row["progress"]:.0%}'
+    # APIs of before do not say it.
+    return f'{row["present"]:.0%}' if row.get('present', 1) < 1 and row.get(
+        'detail') == 'thawed' else ''

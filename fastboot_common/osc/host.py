@@ -17,12 +17,14 @@ _SHORT: Final[image.Shape] = (
 _LONG: Final[image.Shape] = (
     *_SHORT, ('Volumes', 'volume_bytes', columns.Size),
     ('Mirror', 'mirror_bytes', columns.Size),
-    ('Free', 'free_bytes', columns.Size), ('Software', 'software', None),
+    ('Free', 'free_bytes', columns.Size),
+    ('Lazy Guests', 'lazy_guests', columns.Count),
+    ('Software', 'software', None),
 )
 _SHOWN: Final = {
     'volume_bytes': columns.Size, 'mirror_bytes': columns.Size,
     'free_bytes': columns.Size, 'image_states': columns.Ready,
-    'images': columns.Places,
+    'images': columns.Places, 'lazy_guests': columns.Lines,
 }
 
 

@@ -20,6 +20,9 @@ from fastboot_common import exception
 
 #: Called with the number of bytes that arrived since the last call.
 Progress = Callable[[int], None]
+#: Proves bytes that were read; raises Corrupt if they are not what they
+#: should be.
+Check = Callable[[bytes], object]
 
 _DIGEST: Final = re.compile(r'[0-9a-f]{64}')
 _NAMES: Final = re.compile(
@@ -69,26 +72,36 @@ def validate_range(offset: int, length: int) -> None:
             f'no range of bytes: {length} bytes at {offset}')
 
 
+def proven(data: bytes, check: Check | None) -> bytes:
+    """Return `data` once it is proven, if somebody can."""
+    if check is not None:
+        check(data)
+    return data
+
+
 class ReadStore(Protocol):
     """Reading objects. All raise Unavailable when the store is out of reach.
 
     All may be called by several threads at once. All raise Invalid for a name
     that no object can have, and where modes or owners forbid access. Nothing
-    here checks content except :meth:`fetch`: callers hold digests.
+    here checks content except :meth:`fetch`: callers hold digests. They may
+    hand in how to check: a store of several copies then asks for another.
     """
 
-    def get(self, name: str, limit: int = 64 << 20) -> bytes:
+    def get(self, name: str, limit: int = 64 << 20,
+            check: Check | None = None) -> bytes:
         """The whole of a small object.
 
         :raises NotFound: there is no such object.
-        :raises Corrupt: it has more than `limit` bytes.
+        :raises Corrupt: it has more than `limit` bytes, or `check` does.
         """
 
-    def read(self, name: str, offset: int, length: int) -> bytes:
+    def read(self, name: str, offset: int, length: int,
+             check: Check | None = None) -> bytes:
         """Exactly `length` bytes at `offset`.
 
         :raises NotFound: there is no such object.
-        :raises Corrupt: the object ends before.
+        :raises Corrupt: the object ends before, or `check` does.
         """
 
     def size(self, name: str) -> int:

@@ -28,7 +28,13 @@ import requests.adapters
 import urllib3.exceptions
 
 from fastboot_common import exception
-from fastboot_common.store import Progress, validate_name, validate_range
+from fastboot_common.store import (
+    Check,
+    Progress,
+    proven,
+    validate_name,
+    validate_range,
+)
 from fastboot_common.store.download import download
 from fastboot_common.store.throttle import Throttle
 
@@ -133,7 +139,7 @@ class HttpStore:
     :param backoff: seconds to wait after the first failure; doubles with each
         further one.
     :param session: use this one instead of an own one.
-    :param limit_rate: bytes per second, for all threads together.
+    :param throttle: what all threads take together; others may share it.
     :param ca_file: certificates to trust instead of the system's.
     :raises ConfigError: one of these cannot work.
     """
@@ -141,7 +147,7 @@ class HttpStore:
     def __init__(self, url: str, *, timeout: float = 10.0, retries: int = 4,
                  backoff: float = 0.2,
                  session: requests.Session | None = None,
-                 limit_rate: int | None = None,
+                 throttle: Throttle | None = None,
                  ca_file: str | None = None) -> None:
         self._url, self._auth = _parsed(url)
         if ca_file is not None and not os.path.isfile(ca_file):
@@ -155,22 +161,26 @@ class HttpStore:
         self._retries = retries
         self._backoff = backoff
         self._session = session or _new_session()
-        self._throttle = Throttle(limit_rate) if limit_rate else None
+        self._throttle = throttle
 
     def __repr__(self) -> str:
         return f'HttpStore({self._url!r})'
 
-    def get(self, name: str, limit: int = 64 << 20) -> bytes:
+    def get(self, name: str, limit: int = 64 << 20,
+            check: Check | None = None) -> bytes:
         # Begun anew when it breaks, not continued: head.json may change in
         # between.
-        return self._patiently(name, lambda: self._get(name, limit))
+        return proven(self._patiently(
+            name, lambda: self._get(name, limit)), check)
 
-    def read(self, name: str, offset: int, length: int) -> bytes:
+    def read(self, name: str, offset: int, length: int,
+             check: Check | None = None) -> bytes:
         validate_range(offset, length)
         if not length:
             self.size(name)  # HTTP has no range of no bytes
-            return b''
-        return b''.join(self._pieces(name, offset, offset + length))
+            return proven(b'', check)
+        return proven(b''.join(
+            self._pieces(name, offset, offset + length)), check)
 
     def size(self, name: str) -> int:
         return self._patiently(name, lambda: self._size(name))

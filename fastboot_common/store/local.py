@@ -19,8 +19,10 @@ from typing import IO, Final
 
 from fastboot_common import exception
 from fastboot_common.store import (
+    Check,
     Progress,
     files,
+    proven,
     validate_name,
     validate_range,
 )
@@ -48,15 +50,17 @@ class LocalStore:
 
     # Reading
 
-    def get(self, name: str, limit: int = 64 << 20) -> bytes:
+    def get(self, name: str, limit: int = 64 << 20,
+            check: Check | None = None) -> bytes:
         with self._open(name) as (file, size):
             if size > limit:
                 raise exception.Corrupt(
                     f'{self._what(name)} has {size} bytes; at most {limit} '
                     f'are allowed')
-            return file.read(size)
+            return proven(file.read(size), check)
 
-    def read(self, name: str, offset: int, length: int) -> bytes:
+    def read(self, name: str, offset: int, length: int,
+             check: Check | None = None) -> bytes:
         validate_range(offset, length)
         with self._open(name) as (file, size):
             if offset + length > size:
@@ -64,7 +68,7 @@ class LocalStore:
                     f'{self._what(name)} ends at {size}, before '
                     f'{offset + length}')
             file.seek(offset)
-            return file.read(length)
+            return proven(file.read(length), check)
 
     def size(self, name: str) -> int:
         with self._open(name) as (_file, size):

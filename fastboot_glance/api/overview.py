@@ -54,9 +54,9 @@ def iso(moment: float) -> str | None:
 
 
 def _on_host(state: str, progress: float = 0.0, error: str = '',
-             detail: str = '') -> dict[str, Any]:
+             detail: str = '', present: float = 0.0) -> dict[str, Any]:
     return {'state': state, 'detail': detail, 'progress': progress,
-            'error': error}
+            'present': present, 'error': error}
 
 
 def on_host(image: journal.Image | None, image_id: str, host: records.Host,
@@ -90,7 +90,8 @@ def on_host(image: journal.Image | None, image_id: str, host: records.Host,
     if said.state == 'transferring':
         return _on_host('transferring', said.progress, said.error,
                         said.state)
-    return _on_host('ready', 1.0, said.error, said.state)
+    present = said.progress if said.state in ('thawed', 'complete') else 0.0
+    return _on_host('ready', 1.0, said.error, said.state, present)
 
 
 def image_row(image_id: str, image: journal.Image | None,
@@ -136,6 +137,7 @@ def host_row(host: records.Host, state: journal.State,
         'behind': max(0, state.version - host.version),
         'software': host.software, 'volume_bytes': host.volume_bytes,
         'mirror_bytes': host.mirror_bytes, 'free_bytes': host.free_bytes,
+        'lazy_guests': host.lazy_guests,
     }
 
 

@@ -16,12 +16,14 @@ from fastboot_common.cli import base
 from fastboot_nova import host
 from fastboot_nova.agent import (
     bus,
+    domains,
     exports,
     guests,
     hydrate,
     loopdevice,
     memory,
     metrics,
+    network,
     report,
     resume,
     space,
@@ -55,7 +57,8 @@ class Agent:
         self._host = served
         self._told = told
         self._socket = env.shield_socket
-        self._space = space.Space(served, group.min_free, self._evicted)
+        self._space = space.Space(served, group.min_free, self._evicted,
+                                  group.quota)
         self._guests = guests.Guests(
             served, wait=group.acquire_wait, grace=group.lease_grace,
             reachable=lambda: ways.healthy,
@@ -67,7 +70,8 @@ class Agent:
             evicted=self._evicted, changed=self._changed)
         self._hydrator = hydrate.Hydrator(
             served, self._space, told, policy=group.hydrate,
-            rate=group.hydrate_rate, delay=group.hydrate_delay,
+            rate=lambda: network.rate(group.hydrate_rate, env.locations()),
+            delay=group.hydrate_delay,
             changed=self._changed,
             busy=lambda: bool(self._guests.coming))
         self._memory = memory.Memory(
@@ -76,22 +80,30 @@ class Agent:
         self._resumer = resume.Resumer(
             group.libvirt_uri, [served.path / 'volumes', self._socket],
             lambda: ways.healthy, told.resumed.inc)
+        self._lazy = domains.Lazy(group.libvirt_uri, self._socket,
+                                  self._changed)
         self._bus: bus.Bus | None = None
         if group.messaging:
             self._bus = bus.Bus(conf, name, bus.Endpoint(self._sync))
         self.reporter = report.Reporter(
             name, served, self._sync, self._hydrator, self._space, told,
-            send=self._send, interval=group.report_interval)
+            lazy=lambda: self._lazy.guests, send=self._send,
+            interval=group.report_interval)
         self._workers = [
             worker.Worker('space', self._space.keep, _SPACE_SECONDS),
             worker.Worker('leases', self._reconcile, group.lease_interval),
-            self._sync.worker, self._hydrator.worker, self.reporter.worker]
+            self._sync.worker, self._hydrator.worker, self.reporter.worker,
+            self._lazy.worker]
         if group.lock_memory:
             self._workers.append(self._memory.worker)
         if group.resume_guests:
             self._workers.append(self._resumer.worker)
         told.follow('locked_bytes', 'Boot sets locked in memory',
                     lambda: self._memory.bytes)
+        told.follow('lazy_guests', 'Guests that need the export',
+                    lambda: len(self._lazy.guests or ()))
+        told.follow('hydrate_left_bytes', 'Bytes that the image lacks which '
+                    'is being completed', lambda: self._hydrator.left)
         told.follow('version_lag', 'Versions of the repository that this '
                     'host is behind', lambda: max(
                         0, self._sync.heard - self._sync.version))
@@ -101,6 +113,8 @@ class Agent:
         for one in self._workers:
             if one is self._resumer.worker:
                 self._resumer.start()
+            elif one is self._lazy.worker:
+                self._lazy.start()
             else:
                 one.start()
         if self._bus:
@@ -223,7 +237,10 @@ class Agent:
             'heard': self._sync.heard, 'repository': self._sync.error or 'ok',
             'messaging': self._bus.connected if self._bus else None,
             'locked_bytes': self._memory.bytes,
-            'free_bytes': self._space.free()} | {
+            'path': str(self._host.path),
+            'free_bytes': self._space.free(),
+            'lazy_guests': self._lazy.guests,
+            'hydrate_rate': self._hydrator.rate} | {
                 key: last.get(key) for key in (
                     'volume_bytes', 'mirror_bytes')}
 

@@ -29,15 +29,15 @@ class Hydrator:
     :param room: its disk.
     :param told: counters.
     :param policy: ``never``, ``leased`` or ``all``.
-    :param rate: bytes a second; 0: any.
+    :param rate: gives bytes a second, 0: any. Asked before each image.
     :param delay: seconds between a guest's coming and the beginning.
     :param busy: whether a guest is just coming.
     :param changed: called when an image's state is another.
     """
 
     def __init__(self, served: host.Host, room: space.Space,
-                 told: metrics.Metrics, *, policy: str, rate: int,
-                 delay: float,
+                 told: metrics.Metrics, *, policy: str,
+                 rate: Callable[[], int], delay: float,
                  busy: Callable[[], bool],
                  changed: Callable[[], None]) -> None:
         self._host = served
@@ -45,12 +45,17 @@ class Hydrator:
         self._told = told
         self._policy = policy
         self._delay = delay
-        self._throttle = throttle.Throttle(rate) if rate else None
+        self._ask_rate = rate
+        self._throttle: throttle.Throttle | None = None
         self._busy = busy
         self._changed = changed
         #: Asked for: completed before all others, whatever the policy.
         self._wanted: dict[str, None] = {}
         self._not_before: dict[str, float] = {}
+        #: Bytes a second of the image at hand; 0: any.
+        self.rate = 0
+        #: Bytes that it lacks; 0: none is being completed.
+        self.left = 0
         #: By image id: why it is not completed, in words.
         self.errors: dict[str, str] = {}
         self.worker = worker.Worker('hydrate', self._step, _INTERVAL)
@@ -126,10 +131,22 @@ class Hydrator:
         if not self._room.is_roomy(missing):
             raise exception.NoSpace(
                 f'{missing >> 20} MiB more would leave less free than '
-                f'[agent] min_free')
-        return self._host.hydrate(
-            image_id, pace=self._pace,
-            cancelled=lambda: self._is_to_yield(image_id))
+                f'[agent] min_free, or pass [agent] quota')
+        self._follow_rate()
+        self.left = missing
+        try:
+            return self._host.hydrate(
+                image_id, pace=self._pace,
+                cancelled=lambda: self._is_to_yield(image_id))
+        finally:
+            self.left = 0
+
+    def _follow_rate(self) -> None:
+        rate = self._ask_rate()
+        if rate != self.rate:
+            LOG.info('hydration takes at most %d bytes/s', rate)
+            self._throttle = throttle.Throttle(rate) if rate else None
+            self.rate = rate
 
     def _is_to_yield(self, image_id: str) -> bool:
         # To another that was asked for; this one goes on later.
@@ -144,4 +161,5 @@ class Hydrator:
         while self._busy() and time.monotonic() < deadline:
             if not self.worker.pause(0.05):
                 return
+        self.left = max(0, self.left - count)
         self._told.hydrate_bytes.inc(count)

@@ -3,8 +3,6 @@
 
 import contextlib
 import importlib.metadata
-import os
-import pathlib
 import time
 from collections.abc import Callable
 from typing import Any, Final
@@ -30,6 +28,7 @@ class Reporter:
     """Makes reports, regularly and after changes.
 
     :param name: of this host.
+    :param lazy: the ids of guests that need the export; None: unknown.
     :param send: takes a report.
     :param interval: seconds between two of them.
     """
@@ -37,13 +36,16 @@ class Reporter:
     def __init__(self, name: str, served: host.Host, follower: sync.Sync,
                  completer: hydrate.Hydrator, room: space.Space,
                  told: metrics.Metrics, *, send: Callable[[Report], None],
-                 interval: float) -> None:
+                 interval: float,
+                 lazy: Callable[[], list[str] | None] = lambda: None,
+                 ) -> None:
         self._name = name
         self._host = served
         self._sync = follower
         self._hydrator = completer
         self._room = room
         self._told = told
+        self._lazy = lazy
         self._send = send
         #: The last one.
         self.last: Report = {}
@@ -92,26 +94,17 @@ class Reporter:
     def _step(self) -> None:
         self.worker.pause(_GATHER)
         images = self.images()
+        volumes, mirror = self._host.held()
         report = {
             'host': self._name, 'at': time.time(), 'software': software(),
             'version': self._sync.version,
             'images': [{key: image[key] for key in (
                 'id', 'state', 'progress', 'error', 'serial')}
                 for image in images],
-            'volume_bytes': sum(one.disk_used()
-                                for one in self._host.volumes()),
-            'mirror_bytes': _disk_used(self._host.mirror.path),
+            'volume_bytes': volumes, 'mirror_bytes': mirror,
             'free_bytes': self._room.free(),
+            'lazy_guests': self._lazy(),
         }
         self.last = report
         self._told.note(report, sum(image['leases'] for image in images))
         self._send(report)
-
-
-def _disk_used(directory: pathlib.Path) -> int:
-    total = 0
-    for path, _directories, names in os.walk(directory):
-        for name in names:
-            with contextlib.suppress(FileNotFoundError):
-                total += os.stat(os.path.join(path, name)).st_blocks * 512
-    return total

@@ -11,16 +11,11 @@ import pathlib
 import time
 from collections.abc import Callable
 from typing import Any, Final
-from xml.etree import ElementTree
 
 from oslo_log import log as logging
 
-from fastboot_nova.agent import worker
-
-try:
-    import libvirt
-except ImportError:  # not every host that serves images runs libvirt
-    libvirt = None
+from fastboot_nova.agent import domains, worker
+from fastboot_nova.agent.domains import libvirt
 
 LOG = logging.getLogger(__name__)
 
@@ -44,11 +39,10 @@ class Resumer:
     def __init__(self, uri: str, places: list[pathlib.Path],
                  reachable: Callable[[], bool],
                  resumed: Callable[[], None]) -> None:
-        self._uri = uri
+        self._domains = domains.Domains(uri)
         self._places = places
         self._reachable = reachable
         self._resumed = resumed
-        self._connection: Any = None
         #: By guest: tries in vain, and when to try again (monotonic).
         self._failures: dict[str, tuple[int, float]] = {}
         self.worker = worker.Worker('resume', self._step, _INTERVAL)
@@ -59,8 +53,6 @@ class Resumer:
             LOG.warning('libvirt\'s Python module is not installed: guests '
                         'that pause must be resumed by hand')
             return
-        # Errors come as exceptions; printing them too is its default.
-        libvirt.registerErrorHandler(lambda context, error: None, None)
         self.worker.start()
 
     def _step(self) -> None:
@@ -70,21 +62,14 @@ class Resumer:
             self.look()
         except libvirt.libvirtError as error:
             LOG.debug('libvirt: %s', error)
-            connection, self._connection = self._connection, None
-            with contextlib.suppress(libvirt.libvirtError):
-                if connection:
-                    connection.close()
 
     def look(self) -> None:
         """Resume the guests that wait for it.
 
         :raises libvirt.libvirtError: libvirt does not answer.
         """
-        if self._connection is None:
-            self._connection = libvirt.open(self._uri)
         waiting = {
-            guest.UUIDString(): guest for guest
-            in self._connection.listAllDomains(
+            guest.UUIDString(): guest for guest in self._domains.listed(
                 libvirt.VIR_CONNECT_LIST_DOMAINS_PAUSED)
             if self._is_ours(guest)}
         self._failures = {key: value for key, value in self._failures.items()
@@ -111,8 +96,7 @@ class Resumer:
             if libvirt.VIR_DOMAIN_DISK_ERROR_NO_SPACE in (
                     guest.diskErrors().values()):
                 return False
-            # libvirt's own words, not a stranger's.
-            tree = ElementTree.fromstring(guest.XMLDesc())  # noqa: S314
+            tree = domains.description(guest)
         except libvirt.libvirtError:
             return False  # it ended meanwhile
         names = [value for source in tree.iterfind('.//disk//source')

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Keeping space free: images without guests go, least recently used first."""
+"""Bounding the space that is taken: images without guests go, least recently
+used first."""
 
 import os
+import sys
 import threading
 from typing import Final
 
@@ -22,13 +24,15 @@ class Space:
     :param served: the host.
     :param min_free: bytes to keep free.
     :param evicted: told of each image that went.
+    :param quota: bytes that volumes and mirror may take; 0: any.
     """
 
     def __init__(self, served: host.Host, min_free: int,
-                 evicted: host.Evicted) -> None:
+                 evicted: host.Evicted, quota: int = 0) -> None:
         self._host = served
         self._min_free = min_free
         self._evicted = evicted
+        self._quota = quota
         self._lock = threading.Lock()
         self._short = False
 
@@ -39,20 +43,26 @@ class Space:
 
     def is_roomy(self, count: int) -> bool:
         """Whether `count` bytes may come that nobody waits for."""
-        return self.free() - count > self._min_free * _MARGIN
+        return (self.free() - count > self._min_free * _MARGIN
+                and self._above() + count <= 0)
+
+    def _above(self) -> int:
+        """Bytes more than the quota; below 0: they may still come."""
+        return sum(self._host.held()) - self._quota if self._quota \
+            else -sys.maxsize
 
     def keep(self) -> None:
         """Evict until there is enough free space, or nothing to evict."""
         with self._lock:
-            wanted = self._min_free - self.free()
+            wanted = max(self._min_free - self.free(), self._above())
             if wanted > 0:
                 freed = self._host.make_room(wanted, self._evicted)
                 short = freed < wanted
                 if short and not self._short:
                     LOG.warning(
-                        '%s: %d bytes are to be kept free, %d are, and no '
-                        'image is without guests or pins', self._host.path,
-                        self._min_free, self.free())
+                        '%s: %d bytes more should be free, and no image is '
+                        'without guests or pins', self._host.path,
+                        wanted - freed)
                 self._short = short
 
     def make(self, count: int = 1) -> None:
@@ -70,3 +80,7 @@ class Space:
             raise exception.NoSpace(
                 f'{self._host.path}: only {self.free() >> 20} MiB are free, '
                 f'{self._min_free >> 20} must stay ([agent] min_free)')
+        if self._above() > 0:
+            raise exception.NoSpace(
+                f'{self._host.path}: {self._above() >> 20} MiB more than '
+                f'[agent] quota are taken')

@@ -16,7 +16,7 @@ def open_host(env: base.Environment, writable: bool = True) -> host.Host:
     """
     group = env.conf.host
     return host.Host(
-        env.host_path, env.open_store(), socket=env.shield_socket,
+        env.host_path, env.open_replicas(), socket=env.shield_socket,
         threads=group.threads or None, volume_size=group.volume_size,
         writable=writable, trust=env.trust())
 

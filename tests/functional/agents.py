@@ -79,6 +79,7 @@ class Agent:
             'export': {'wait': 20},
             'agent': {'messaging': False, 'jitter': 0, 'interval': 1,
                       'min_free': 1 << 20, 'resume_guests': False,
+                      'libvirt_uri': 'test:///default',
                       'hydrate': 'never', 'acquire_wait': 20,
                       'lease_interval': 1}}
         for group, values in options.items():

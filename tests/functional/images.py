@@ -46,13 +46,13 @@ class CountingStore(LocalStore):
         if self.broken is None or name in self.broken:
             raise exception.Unavailable(f'{name}: out of reach')
 
-    def get(self, name, limit=64 << 20):
+    def get(self, name, limit=64 << 20, check=None):
         self._guard(name)
-        return super().get(name, limit)
+        return super().get(name, limit, check)
 
-    def read(self, name, offset, length):
+    def read(self, name, offset, length, check=None):
         self._guard(name)
-        data = super().read(name, offset, length)
+        data = super().read(name, offset, length, check)
         self.bytes += length
         return data
 

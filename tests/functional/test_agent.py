@@ -12,10 +12,12 @@ import subprocess
 import tempfile
 import threading
 import time
+from xml.etree import ElementTree
 
 import pytest
 from agents import Agent, Line, call, needs_nbdkit, wait_for
 from images import World, compare, data_blocks, disk, fast_directory, verify
+from test_store_http import stop_hard
 
 from fastboot_common import chain
 
@@ -367,6 +369,31 @@ def test_killed_while_it_pulls(agent, world, nginx):
     read_all(agent, world, 'large')
 
 
+def test_one_of_two_servers_is_killed_while_it_hydrates(
+        agent, world, nginx):
+    world.publish('large', disk(9000 * 4096, 3, zeros=0), range(60))
+    servers = [nginx(world.path / 'repo', extra='limit_rate 1m;')
+               for _ in range(2)]
+    agent.configure(servers[0].url, repository={
+        'replicas': servers[1].url, 'timeout': 2, 'retries': 1})
+    agent.start()
+    agent.await_state('large', 'ready')
+    assert agent.call('prepare', image='large')[0] == 202
+    wait_for(lambda: agent.image('large')['progress'] > .2)
+    stop_hard(servers[1])
+    # A guest's read does not wait for the one that is gone.
+    begun = time.monotonic()
+    assert agent.call('ensure', image='large', offset=8999 * 4096,
+                      length=4096) == (200, {})
+    assert time.monotonic() - begun < 10
+    agent.await_state('large', 'complete')
+    read_all(agent, world, 'large')
+    for server in servers:
+        lines = (server.prefix / 'access.log').read_text().splitlines()
+        assert sum('/packs/' in line for line in lines) > 4, lines
+    assert 'is left out for a while' in agent.words()
+
+
 def test_killed_while_guests_come(agent, world):
     """-9 in the middle of thaws, hydration and leases, again and again."""
     images = [f'image-{number}' for number in range(4)]
@@ -482,6 +509,59 @@ def test_metrics(agent, world):
                  'fastboot_version 1.0', 'fastboot_version_lag 0.0'):
         assert line + '\n' in words, words
     assert IMAGE not in words
+
+
+GUEST = '11111111-1111-1111-1111-11111111111'
+
+
+def running(number, stub, answer, socket=None):
+    """A guest as libvirt's test driver takes it."""
+    store = ElementTree.tostring(chain.backing_store(
+        stub, link_of(answer), socket or pathlib.Path(answer['socket'])))
+    return f"""<domain type='test'><name>guest-{number}</name>
+        <uuid>{GUEST}{number}</uuid><memory>65536</memory>
+        <os><type>hvm</type></os><devices><disk type='file'>
+        <source file='/disk-{number}'/>{store.decode()}
+        <target dev='vda'/></disk></devices></domain>"""
+
+
+def test_guests_that_need_the_export(agent, world):
+    """Those that were started before their image was complete."""
+    pytest.importorskip('libvirt')
+    agent.start()
+    assert agent.status()['lazy_guests'] == []
+    agent.await_state(IMAGE, 'ready')
+    stub = world.path / 'stub'
+    guests = [running(0, stub, agent.acquire(IMAGE, stub)[1])]
+    assert agent.call('prepare', image=IMAGE)[0] == 202
+    agent.await_state(IMAGE, 'complete')
+    answer = agent.acquire(IMAGE, stub)[1]
+    assert answer['complete']
+    guests.append(running(1, stub, answer))
+    elsewhere = running(2, stub, answer | {'complete': None},
+                        pathlib.Path('/others'))
+    (world.path / 'guests').write_text(
+        f'<node>{"".join([*guests, elsewhere])}</node>')
+    agent.stop()
+    agent.configure(world.path / 'repo', agent={
+        'libvirt_uri': f'test://{world.path}/guests'})
+    agent.start()
+    wait_for(lambda: agent.status()['lazy_guests'])
+    assert agent.status()['lazy_guests'] == [f'{GUEST}0']
+    # It was started again: the disk is as it was, its chain is another.
+    (world.path / 'guests').write_text(
+        f'<node>{running(0, stub, answer)}</node>')
+    agent.stop()
+    agent.start()
+    wait_for(lambda: agent.status()['lazy_guests'] == [])
+
+
+def test_no_libvirt(agent, world):
+    agent.configure(world.path / 'repo', agent={
+        'libvirt_uri': f'test://{world.path}/nothing'})
+    agent.start()
+    agent.await_state(IMAGE, 'ready')
+    assert agent.status()['lazy_guests'] is None
 
 
 def test_service_manager(agent, world):

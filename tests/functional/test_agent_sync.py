@@ -12,6 +12,7 @@ from agents import wait_for
 from images import CountingStore, World, disk, fast_directory, verify
 
 from fastboot_common import exception, journal
+from fastboot_common.store import throttle
 from fastboot_nova.agent import (
     hydrate,
     memory,
@@ -49,8 +50,9 @@ class Parts:
             interval=3600, jitter=jitter, rate=rate, eager=eager,
             evicted=self._evicted, changed=self._changed)
         self.hydrator = hydrate.Hydrator(
-            self.host, self.room, self.told, policy=policy, rate=0,
-            delay=delay, busy=lambda: False, changed=self._changed)
+            self.host, self.room, self.told, policy=policy,
+            rate=lambda: 0, delay=delay, busy=lambda: False,
+            changed=self._changed)
         self.sent = []
         self.reporter = report.Reporter(
             'host-1', self.host, self.sync, self.hydrator, self.room,
@@ -309,6 +311,41 @@ def test_hydration_yields_to_what_is_asked_for(world, parts, monkeypatch):
     assert order == ['large', 'small', 'large']
 
 
+def test_the_rate_of_hydration(world, parts, monkeypatch):
+    """Asked for before each image: the network may be another by then."""
+    one = parts()
+    rates, taken = [0, 5 << 20, 5 << 20], []
+    one.hydrator._ask_rate = lambda: rates.pop(0)
+    monkeypatch.setattr(throttle.Throttle, 'take',
+                        lambda self, count: taken.append((self, count)))
+    one.host.sync()
+    for number in range(3):
+        one.host.thaw(one.host.image(f'image-{number}'))
+        before = len(taken)
+        assert one.hydrator._hydrate(f'image-{number}')
+        assert (len(taken) > before) == bool(one.hydrator.rate)
+    assert one.hydrator.rate == 5 << 20
+    assert len({id(limit) for limit, _ in taken}) == 1
+    assert sum(count for _, count in taken) == 2 * 320 * 4096
+
+
+def test_what_is_left_to_hydrate(world, parts):
+    one = parts()
+    one.host.sync()
+    one.host.acquire('image-0', 'guest')
+    left, real = [], one.hydrator._pace
+
+    def pace(count):
+        left.append(one.hydrator.left)
+        real(count)
+        left.append(one.hydrator.left)
+
+    one.hydrator._pace = pace
+    assert one.hydrator._hydrate('image-0')
+    assert left[0] == 320 * 4096 and left[-1] == 0
+    assert one.hydrator.left == 0
+
+
 def test_hydration_without_a_repository(world, parts, monkeypatch):
     monkeypatch.setattr(hydrate, '_AGAIN', 0.05)
     source = CountingStore(world.path / 'repo')
@@ -358,6 +395,67 @@ def test_room(world, parts, monkeypatch):
     one.hydrator.worker.start()
     wait_for(lambda: 'min_free' in one.row('image-0')['error'])
     assert one.row('image-0')['state'] == 'thawed'
+
+
+def used(one, *names):
+    """Acquired one after the other, and let go."""
+    for name in names:
+        one.host.acquire(name, 'guest')
+        one.host.release(name, 'guest')
+        time.sleep(0.02)
+
+
+def test_the_least_recently_used_goes_first(world, parts):
+    one = parts()
+    one.host.sync()
+    used(one, 'image-0', 'image-1', 'image-2', 'image-0')
+    for expected in (['image-1'], ['image-1', 'image-2'],
+                     ['image-1', 'image-2', 'image-0']):
+        one.room.make()
+        assert one.evicted == expected
+
+
+def test_pinned_and_leased_images_stay(world, parts, monkeypatch):
+    one = parts(min_free=1000)
+    one.host.sync()
+    used(one, 'image-0', 'image-1', 'image-2')
+    one.host.find('image-0')[0].pin('image-0')
+    one.host.acquire('image-1', 'guest')
+    monkeypatch.setattr(one.room, 'free', lambda: 0)
+    one.room.keep()
+    assert one.evicted == ['image-2']
+    one.room.keep()
+    assert one.evicted == ['image-2'], 'there is nothing more'
+    one.host.find('image-0')[0].unpin('image-0')
+    one.room.keep()
+    assert one.evicted == ['image-2', 'image-0']
+    assert one.states()['image-1'] == 'thawed'
+
+
+def test_quota(world, parts):
+    one = parts()
+    one.host.sync()
+    used(one, 'image-0', 'image-1')
+    one.host.acquire('image-2', 'guest')
+    held = sum(one.host.held())
+    one.room._quota = held
+    one.room.keep()
+    one.room.demand()
+    assert one.evicted == []
+    assert not one.room.is_roomy(1) and one.room.is_roomy(0)
+    one.room._quota = held - 1
+    assert not one.room.is_roomy(0)
+    one.room.demand()
+    assert one.evicted == ['image-0'], 'the one that was not used longest'
+    one.room._quota = 1
+    with pytest.raises(exception.NoSpace, match='quota'):
+        one.room.demand()
+    assert one.evicted == ['image-0', 'image-1'], 'the leased one stays'
+    # Nothing comes into it that nobody waits for; what a guest reads does.
+    one.hydrator.worker.start()
+    wait_for(lambda: 'quota' in one.row('image-2')['error'])
+    one.host.ensure('image-2', 300 * 4096, 4096)
+    assert sum(one.host.held()) > 1
 
 
 def test_the_report(world, parts):

@@ -657,7 +657,8 @@ def test_waits_grow(hostile, monkeypatch):
 def test_rate_limit(hostile, monkeypatch, tmp_path, way):
     clock = Clock()
     monkeypatch.setattr(throttle, 'time', clock)
-    subject = impatient(hostile(honest), limit_rate=100_000)
+    subject = impatient(hostile(honest),
+                        throttle=throttle.Throttle(100_000))
     assert operations(subject, tmp_path)[way]() == CONTENT
     assert sum(clock.slept) == pytest.approx(SIZE / 100_000, rel=.01)
 

@@ -49,6 +49,7 @@ class Agent(socketserver.ThreadingUnixStreamServer):
         self.host = host
         self.export = export
         self.fails = None
+        self.status = {}
         self.calls = []
         super().__init__(str(path), Handler)
         threading.Thread(target=self.serve_forever, args=(.05,),
@@ -87,6 +88,8 @@ class Handler(socketserver.StreamRequestHandler):
         elif path == '/v1/images':
             answer = {'images': [{'id': one}
                                  for one in agent.host.mirror.state.images]}
+        elif path == '/v1/status':
+            answer = agent.status
         elif path == '/v1/prepare':
             agent.prepare(body)
         else:
@@ -521,3 +524,91 @@ def test_servers_at_once(place):
         thread.join(60)
     for image in images:
         assert content(image.path)[:1 << 20] == place.raw
+
+
+NODE = 'host-1'
+
+
+@pytest.fixture
+def disk_gb(place, monkeypatch):
+    """Runs Nova's own update of the inventory, and gives that of DISK_GB."""
+    from nova.compute import provider_tree
+    from nova.virt.libvirt import driver as stock
+
+    from fastboot_nova import driver
+
+    made = object.__new__(driver.FastbootLibvirtDriver)
+    made._held, made._is_local = 0, True
+    made._host = types.SimpleNamespace(get_memory_mb_total=lambda: 1024)
+    monkeypatch.setattr(stock.LibvirtDriver, 'static_traits', {})
+    for name, value in (
+            ('_get_local_gb_info', {'total': 100}),
+            ('_get_vcpu_available', [0, 1]), ('_get_pcpu_available', [])):
+        monkeypatch.setattr(made, name, lambda value=value: value)
+    for name in dir(stock.LibvirtDriver):
+        if name.startswith('_update_provider_tree_for_'):
+            monkeypatch.setattr(made, name, lambda *words, **more: None)
+    tree = provider_tree.ProviderTree()
+    tree.new_root(NODE, str(uuid.uuid4()))
+
+    def update():
+        made.update_provider_tree(tree, NODE)
+        inventory = tree.data(NODE).inventory
+        assert inventory['MEMORY_MB']['total'] == 1024
+        return inventory['DISK_GB']
+
+    update.driver = made
+    return update
+
+
+def holds(place, volumes, mirror=0, path=None):
+    place.agent.status = {
+        'path': str(path or place.world.path), 'volume_bytes': volumes,
+        'mirror_bytes': mirror}
+
+
+def test_what_is_held_is_reserved(place, disk_gb):
+    assert disk_gb() == {
+        'total': 100, 'min_unit': 1, 'max_unit': 100, 'step_size': 1,
+        'allocation_ratio': disk_gb()['allocation_ratio'], 'reserved': 0}
+    for volumes, mirror, reserved in (
+            (0, 0, 0), (1, 0, 1), (GIB, 0, 1), (GIB, 1, 2),
+            (3 * GIB, 4 * GIB, 7), (GIB, 0, 1), (500 * GIB, 0, 100)):
+        holds(place, volumes, mirror)
+        assert disk_gb()['reserved'] == reserved, (volumes, mirror)
+    # Beside what the operator reserves.
+    CONF.set_override('reserved_host_disk_mb', 5 * 1024)
+    try:
+        holds(place, 2 * GIB)
+        assert disk_gb()['reserved'] == 7
+    finally:
+        CONF.clear_override('reserved_host_disk_mb')
+
+
+def test_what_is_held_elsewhere_is_not_reserved(place, disk_gb):
+    holds(place, 2 * GIB, path='/proc')
+    assert disk_gb()['reserved'] == 0
+    holds(place, 2 * GIB)
+    assert disk_gb()['reserved'] == 2
+    disk_gb.driver._is_local = False
+    assert disk_gb()['reserved'] == 0
+
+
+def test_disk_is_not_reserved_if_so_configured(place, disk_gb):
+    holds(place, 2 * GIB)
+    CONF.set_override('reserve_disk', False, 'fastboot')
+    assert disk_gb()['reserved'] == 0
+
+
+@pytest.mark.parametrize('failure', [
+    'hang', (503, {'error': 'x'}), (200, {}),
+    (200, {'path': None, 'volume_bytes': None, 'mirror_bytes': None}),
+    (200, {'path': '/nowhere', 'volume_bytes': 1, 'mirror_bytes': 1})])
+def test_an_agent_that_is_away_changes_nothing(place, disk_gb, failure):
+    place.agent.fails = failure
+    assert disk_gb()['reserved'] == 0
+    place.agent.fails = None
+    holds(place, 2 * GIB)
+    assert disk_gb()['reserved'] == 2
+    place.agent.fails = failure
+    assert disk_gb()['reserved'] == 2

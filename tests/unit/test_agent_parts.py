@@ -10,7 +10,7 @@ import time
 import pytest
 
 from fastboot_common import exception
-from fastboot_nova.agent import systemd, window, worker
+from fastboot_nova.agent import network, systemd, window, worker
 
 #: As good as never, and still a time that threads can wait for.
 LATER = time.monotonic() + 600
@@ -41,6 +41,49 @@ def test_window(text, inside, outside):
 def test_windows_that_are_none(text):
     with pytest.raises(exception.ConfigError, match='window'):
         window.Window(text)
+
+
+@pytest.fixture
+def interfaces(tmp_path, monkeypatch):
+    """What the kernel says of interfaces; loopback is really there."""
+    monkeypatch.setattr(network, '_SYS', tmp_path)
+
+    def make(name, speed):
+        (tmp_path / name).mkdir()
+        if speed is not None:
+            (tmp_path / name / 'speed').write_text(f'{speed}\n')
+
+    return make
+
+
+@pytest.mark.parametrize(('said', 'speed'), [
+    (1000, 125_000_000), (25000, 3_125_000_000), (-1, 0), (0, 0),
+    (4294967295, 0), ('', 0), (None, 0)])
+def test_speed_of_the_network(interfaces, said, speed):
+    interfaces('lo', said)
+    assert network.speed(['http://127.0.0.1:8080/store']) == speed
+    assert network.speed(['http://[::1]/', 'https://u:p@127.0.0.1/']) == speed
+
+
+def test_speed_of_two_interfaces(interfaces, monkeypatch):
+    interfaces('a', 1000)
+    interfaces('b', 10)
+    monkeypatch.setattr(network, '_interface', lambda location: location)
+    assert network.speed(['a', 'b', 'a', '']) == 126_250_000
+
+
+@pytest.mark.parametrize('location', [
+    '/srv/store', 'file:///srv/store', 'http://nowhere.invalid/',
+    'http://[::1', 'http://'])
+def test_no_way_no_speed(location):
+    assert network.speed([location]) == 0
+
+
+@pytest.mark.parametrize(('option', 'rate'), [
+    (-1, 62_500_000), (0, 0), (5, 5)])
+def test_hydration_takes_half_the_network(interfaces, option, rate):
+    interfaces('lo', 1000)
+    assert network.rate(option, ['http://127.0.0.1/']) == rate
 
 
 def test_worker_goes_on_after_failures():

@@ -89,6 +89,7 @@ def test_every_state_on_a_host(centre):
     assert 'no report for' in one['h4']['error']
     assert 'was ready' in one['h4']['error']
     assert two['h1'] == {'state': 'transferring', 'progress': .25,
+                         'present': 0.0,
                          'error': '', 'detail': 'transferring'}
     assert two['h2']['state'] == 'stale'
     assert f'newest is {serial}' in two['h2']['error']
@@ -281,12 +282,18 @@ def test_hosts(centre):
     assert (one['name'], one['state'], one['behind']) == ('h1', 'up', 0)
     assert one['image_states'] == {'ready': 1, 'transferring': 1}
     assert one['free_bytes'] == 1 << 40
+    assert one['lazy_guests'] is None
     assert (two['name'], two['state'], two['behind']) == ('h2', 'stale', 1)
     assert 'no report for' in two['error']
     assert [row['name'] for row in centre(
         '/v1/hosts?state=stale')[1]['hosts']] == ['h2']
     status, body = centre('/v1/hosts?limit=1')
     assert 'marker=h1' in body['hosts_links'][0]['href']
+
+
+def test_guests_that_need_the_export(centre):
+    centre.report('h1', {}, lazy_guests=[NEW])
+    assert centre('/v1/hosts/h1')[1]['host']['lazy_guests'] == [NEW]
 
 
 def test_sync(centre):

@@ -26,13 +26,13 @@ class Source(LocalStore):
             raise exception.Unavailable('out of reach')
         self.packs += name.startswith('packs/')
 
-    def get(self, name, limit=64 << 20):
+    def get(self, name, limit=64 << 20, check=None):
         self._count(name)
-        return super().get(name, limit)
+        return super().get(name, limit, check)
 
-    def read(self, name, offset, length):
+    def read(self, name, offset, length, check=None):
         self._count(name)
-        return super().read(name, offset, length)
+        return super().read(name, offset, length, check)
 
     def fetch(self, name, path, digest, progress=None):
         self._count(name)

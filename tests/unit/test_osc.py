@@ -245,6 +245,26 @@ def test_hosts(centre, run):
     assert f'name of {ONE}' in run(host.Show, 'h1', output='table')
 
 
+def test_how_much_of_an_image_is_there(centre, run):
+    centre.report('h1', {ONE: {'state': 'thawed', 'progress': .37,
+                               'serial': 1}, TWO: 'complete'})
+    places = run(host.Show, 'h1')['images']
+    assert places[ONE]['present'] == .37
+    assert 'ready (thawed) 37%' in ' '.join(
+        run(host.Show, 'h1', output='table').split())
+
+
+def test_guests_that_need_the_export(centre, run):
+    centre.report('h1', {}, lazy_guests=[NEW, TWO])
+    centre.report('h2', {})
+    assert run(host.Show, 'h1')['lazy_guests'] == [NEW, TWO]
+    words = run(host.Show, 'h1', output='table')
+    assert NEW in words and TWO in words
+    assert 'unknown' in run(host.Show, 'h2', output='table')
+    assert [row['Lazy Guests'] for row in run(host.List, '--long')] == [
+        [NEW, TWO], None]
+
+
 def test_host_sync(centre, run):
     centre.report('h1', {})
     centre.report('h2', {})

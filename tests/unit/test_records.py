@@ -6,7 +6,7 @@ import time
 
 import pytest
 import sqlalchemy as sa
-from alembic import autogenerate, migration
+from alembic import autogenerate, command, migration
 
 from fastboot_common import exception
 from fastboot_glance import records, reports, tables
@@ -132,6 +132,27 @@ def test_clock_ahead_does_not_lock_a_host_out(store):
     assert store.host('h1').at <= time.time()
     assert store.note_host(report(version=5))
     assert store.host('h1').version == 5
+
+
+def test_guests_that_need_the_export(store):
+    guests = ['11111111-2222-3333-4444-555555555555']
+    for said in (None, [], guests):
+        store.note_host(report(lazy_guests=said))
+        assert store.host('h1').lazy_guests == said
+        assert store.hosts() == [store.host('h1')]
+
+
+def test_a_host_of_the_version_before(url):
+    with records.Records(url)._engine.begin() as connection:
+        command.upgrade(tables._config(connection), 'r001')
+        connection.execute(sa.text(
+            'insert into hosts (name, at, version, software, volume_bytes, '
+            'mirror_bytes, free_bytes, digest, images) '
+            "values ('h1', 1, 1, '', 0, 0, 0, 'd', :images)"),
+            {'images': records._encode([])})
+    store = records.Records(url)
+    store.create()
+    assert store.host('h1').lazy_guests is None
 
 
 def test_hosts_are_told_apart_by_case(store):

@@ -102,7 +102,7 @@ def test_directories(location):
 @pytest.mark.parametrize('location', [
     'http://server/store/', 'https://user:secret@server:8443/store'])
 def test_urls(location):
-    opened = store.open_store(location, timeout=3.0, limit_rate=10 ** 6)
+    opened = store.open_store(location, timeout=3.0)
     assert isinstance(opened, http.HttpStore)
     assert 'secret' not in repr(opened)
 
@@ -118,8 +118,7 @@ def test_locations_that_are_none(location):
 
 
 @pytest.mark.parametrize('options', [
-    {'limit_rate': -1}, {'ca_file': '/nonexistent'}, {'timeout': 0},
-    {'retries': -1}])
+    {'ca_file': '/nonexistent'}, {'timeout': 0}, {'retries': -1}])
 def test_options_that_cannot_work(options):
     with pytest.raises(exception.ConfigError):
         store.open_store('http://server/', **options)
