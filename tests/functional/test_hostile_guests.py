@@ -1,20 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
 """Guests that attack their builder, in the real QEMU and sandbox."""
 
+import concurrent.futures
 import contextlib
 import json
+import multiprocessing
 import os
+import pathlib
+import pwd
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 
 import bootsector
 import intruder
 import pytest
-from test_capture import SIZE, children, options
+from test_capture import LOGIN, SIZE, children, options
 
-from fastboot_common import qemu
+from fastboot_common import exception, qemu
 from fastboot_glance import capture, guest
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason='needs root')
@@ -125,9 +132,7 @@ def test_each_wall_holds_alone(tmp_path, host, attacker, monkeypatch, wall):
         monkeypatch.setattr(qemu, '_DHCP', USER)
     said = run(tmp_path, attacker, () if wall == 'restrict' else prefix())
     assert host.came() == {'tcp': [], 'udp': []}
-    found = kinds(said)
-    print(wall, found)
-    assert found >= {intruder.ARP, intruder.DHCP}
+    assert kinds(said) >= {intruder.ARP, intruder.DHCP}, said
 
 
 def test_capture_of_an_attacker(tmp_path, host, attacker, monkeypatch):
@@ -151,3 +156,210 @@ def test_capture_of_an_attacker(tmp_path, host, attacker, monkeypatch):
     drive, dhcp = said
     assert intruder.PROMPT in drive and not intruder.received(drive)
     assert kinds(dhcp) >= {intruder.ARP, intruder.DHCP}, dhcp
+
+
+def caught(tmp_path, sector, **values):
+    """The capture of a guest that is stopped, and the most that it took.
+
+    :returns: the reason, and bytes on disk.
+    """
+    work = tmp_path / 'work'
+    work.mkdir()
+    most = 0
+
+    def watch(*_):
+        nonlocal most
+        most = max(most, sum(path.lstat().st_blocks * 512
+                             for path in work.glob('*/guest/*')))
+
+    raw = bootsector.disk(tmp_path / 'raw', 1 << 30, sector)
+    found = capture.capture(raw, 1 << 30, work, options(**values),
+                            progress=watch)
+    assert (found.state, found.trace.size) == ('failed', 0)
+    assert not list(work.iterdir()) and not children()
+    return found.reason, most
+
+
+@pytest.mark.parametrize('sector', [
+    bootsector.glutton(), bootsector.chatterbox()])
+def test_a_guest_that_writes_endlessly(tmp_path, monkeypatch, sector):
+    monkeypatch.setattr(capture, '_WRITTEN', 1 << 20)
+    monkeypatch.setattr(capture, '_LONGEST', 4 << 20)
+    reason, most = caught(tmp_path, sector)
+    assert reason.endswith('it wrote more than 1048576 bytes')
+    assert most <= 2 * (4 << 20)
+
+
+@pytest.mark.parametrize('sector', [
+    bootsector.glutton(), bootsector.chatterbox()])
+def test_no_file_is_longer_than_the_kernel_allows(tmp_path, monkeypatch,
+                                                  sector):
+    """Nobody looks, and the disk is not filled all the same."""
+    monkeypatch.setattr(capture, '_LONGEST', 4 << 20)
+    reason, most = caught(tmp_path, sector, timeout=3)
+    assert reason.endswith('no end in 3 seconds')
+    assert 1 << 20 < most <= (4 << 20) + (1 << 20)
+
+
+def test_guests_leave_room_on_the_disk(tmp_path, monkeypatch):
+    monkeypatch.setattr(guest, 'RESERVE', 1 << 62)
+    with pytest.raises(exception.NoSpace):
+        caught(tmp_path, bootsector.sector(b'hello'))
+    assert not list((tmp_path / 'work').iterdir()) and not children()
+
+
+@pytest.mark.parametrize('code', [b'\xeb\xfe', b'\xf4\xeb\xfd', b'\x0f\x0b'])
+def test_a_guest_that_loops(tmp_path, code):
+    """It computes, halts, or faults for ever."""
+    reason, _ = caught(tmp_path, bootsector.signed(code), timeout=2)
+    assert reason.endswith('no end in 2 seconds')
+
+
+@pytest.mark.parametrize('words', [
+    b'x' * 4096, b'{"return": {}}\n' * 300])
+def test_a_guest_that_floods_the_agents_port(tmp_path, monkeypatch, words):
+    """What QEMU hands on of it, as fast as it comes."""
+    pair, threads = socket.socketpair, []
+
+    def socketpair():
+        near, far = pair()
+        threads.append(threading.Thread(
+            target=flood, args=(far.dup(),), daemon=True))
+        if len(threads) == 2:  # the first is the monitor's
+            threads[1].start()
+        return near, far
+
+    def flood(far):
+        with far, contextlib.suppress(OSError):
+            while True:
+                far.sendall(words)
+
+    monkeypatch.setattr(qemu.socket, 'socketpair', socketpair)
+    reason, _ = caught(tmp_path, bootsector.sector(b'hello'), timeout=2,
+                       end=['agent', 'console'])
+    assert reason.endswith('no end in 2 seconds')
+    threads[1].join(20)
+    assert not threads[1].is_alive()
+
+
+#: Not the one of a virtual environment, which may be closed to nobody.
+_PYTHON = os.path.realpath(sys.executable)
+# Runs in the sandbox, as what broke out of QEMU would.
+_BREAKOUT = '''
+import socket, sys
+tcp, udp, name, *hosts = sys.argv[1:]
+for host in hosts:
+    with socket.socket() as line:
+        line.settimeout(1)
+        if line.connect_ex((host, int(tcp))) == 0:
+            print('tcp', host)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as line:
+        try:
+            line.sendto(b'x', (host, int(udp)))
+        except OSError:
+            continue
+with socket.socket(socket.AF_UNIX) as line:
+    if line.connect_ex(bytes.fromhex(name)) == 0:
+        print('unix', name)
+for kind in (socket.SOCK_RAW, socket.SOCK_DGRAM):
+    try:
+        socket.socket(socket.AF_PACKET, kind)
+    except OSError:
+        continue
+    print('packet')
+for line in open('/proc/net/dev'):
+    if ':' in line:
+        print(line.split(':')[0].strip())
+'''
+
+
+def break_out(ports, name, hosts):
+    """What a program in the sandbox says that it reaches."""
+    sandbox = guest.Sandbox('nobody')
+    if not sandbox.isolated:
+        return None
+    return subprocess.run(
+        [*sandbox.prefix(guest.Limits(1 << 30, 1 << 20, 10)),
+         _PYTHON, '-I', '-c', _BREAKOUT,
+         *map(str, ports), name.hex(), *hosts], cwd='/', text=True,
+        capture_output=True, check=True, timeout=60).stdout
+
+
+def as_nobody(function, *arguments):
+    """Call it in a process that is not root's."""
+    with concurrent.futures.ProcessPoolExecutor(
+            1, multiprocessing.get_context('fork'), drop) as pool:
+        return pool.submit(function, *arguments).result(60)
+
+
+def drop():
+    guest._namespaces.cache_clear()
+    if os.geteuid() == 0:
+        account = pwd.getpwnam('nobody')
+        os.setgroups([])
+        os.setgid(account.pw_gid)
+        os.setuid(account.pw_uid)
+
+
+@pytest.mark.parametrize('run_as', [
+    pytest.param(lambda function, *rest: function(*rest), marks=as_root,
+                 id='root'),
+    pytest.param(as_nobody, id='nobody')])
+def test_what_breaks_out_of_qemu_reaches_nothing(host, run_as):
+    name = b'\0fastboot-' + os.urandom(4)
+    with socket.socket(socket.AF_UNIX) as hidden:
+        hidden.bind(name)
+        hidden.listen()
+        said = run_as(break_out, host.ports, name,
+                      ['127.0.0.1', *addresses()])
+    if said is None:
+        pytest.skip('users have no namespaces of their own here')
+    assert said == 'lo\n'
+    assert host.came() == {'tcp': [], 'udp': []}
+
+
+def plain_capture(path):
+    """A capture, with and without DHCP, by whoever runs this."""
+    found = capture.capture(
+        path / 'raw', SIZE, path / 'work',
+        options(boots=2, config_drive=True))
+    return found.state, found.reason, len(found.seconds)
+
+
+def test_captures_need_no_root():
+    with tempfile.TemporaryDirectory(prefix='fastboot-test-') as name:
+        path = pathlib.Path(name)
+        bootsector.disk(path / 'raw', SIZE, bootsector.sector(LOGIN))
+        (path / 'work').mkdir()
+        if os.geteuid() == 0:
+            for one in (path, path / 'raw', path / 'work'):
+                shutil.chown(one, 'nobody')
+        assert as_nobody(plain_capture, path) == ('booted', None, 2)
+
+
+def test_no_dhcp_in_the_hosts_own_network(tmp_path, monkeypatch):
+    """Where the kernel grants no namespaces, there is no network at all."""
+    monkeypatch.setattr(guest, '_namespaces', lambda root: [])
+    configs = []
+
+    class Machine(qemu.Machine):
+        def __init__(self, config, *rest):
+            configs.append(config)
+            super().__init__(config, *rest)
+
+    monkeypatch.setattr(qemu, 'Machine', Machine)
+    bootsector.disk(tmp_path / 'raw', SIZE, bootsector.sector(LOGIN))
+    (tmp_path / 'work').mkdir()
+    assert plain_capture(tmp_path) == ('booted', None, 2)
+    assert [config.dhcp for config in configs] == [False, False]
+
+
+def test_processor_time_ends():
+    """Also for the first process of its namespace, which no soft limit
+    stops."""
+    sandbox = guest.Sandbox('nobody')
+    begun = time.monotonic()
+    done = subprocess.run(
+        [*sandbox.prefix(guest.Limits(1 << 30, 1 << 20, 1)), 'sh', '-c',
+         'trap "" XCPU; while :; do :; done'], check=False, timeout=60)
+    assert done.returncode and time.monotonic() - begun < 30

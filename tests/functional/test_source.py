@@ -13,7 +13,7 @@ import bootsector
 import pytest
 
 from fastboot_common import exception
-from fastboot_glance import source
+from fastboot_glance import guest, source
 
 SIZE = (6 << 20) + 512
 SEED = 7
@@ -291,7 +291,7 @@ def test_two_formats_at_once(tmp_path, content, work):
 
 
 def test_no_space(tmp_path, content, work, monkeypatch):
-    monkeypatch.setattr(source, 'RESERVE', 1 << 62)
+    monkeypatch.setattr(guest, 'RESERVE', 1 << 62)
     image = make(tmp_path, content, 'qcow2')
     with pytest.raises(exception.NoSpace):
         with source.open_source(image, work):
