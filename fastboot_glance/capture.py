@@ -18,7 +18,7 @@ from typing import Any, Final
 
 import numpy
 
-from fastboot_common import configdrive, exception, nbdkit, qemu, trace
+from fastboot_common import configdrive, exception, files, nbdkit, qemu, trace
 from fastboot_glance import endings, guest
 
 #: Called now and then with the number of the boot (from 0), its seconds so
@@ -249,9 +249,11 @@ class _Boots:
     def _furnish(self, room: pathlib.Path, size: int,
                  config: qemu.Config) -> None:
         """Make what the machine needs, and give it to the sandbox."""
+        files.touch(room / _DISK)
         qemu.create_overlay(room / _DISK, f'nbd+unix:///?socket={_SOCKET}',
                             'raw', size)
         if config.config_drive:
+            files.touch(room / config.config_drive)
             configdrive.build(room / config.config_drive)
         self._sandbox.own(room)
 

@@ -239,10 +239,10 @@ class _Copy:
         """
         command = [*self._prefix(size, int(timeout)),
                    *qemu.convert_command(self._image, _RAW)]
-        with (self._room / 'convert.log').open('w+b') as words:
+        with tempfile.TemporaryFile(dir=self._room) as words:
             process = subprocess.Popen(
                 command, cwd=self._guest, stdin=subprocess.DEVNULL,
-                stdout=words, stderr=words)
+                stdout=words, stderr=words, umask=0o027)
             try:
                 self._wait(process, command, timeout, cancel)
             finally:
