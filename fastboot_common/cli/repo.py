@@ -28,6 +28,7 @@ class Init(base.Command):
             raise exception.Invalid(
                 f'{location} cannot be written; use its directory')
         path = pathlib.Path(location.removeprefix('file://'))
+        self.env.make_state_dir()
         files.make_directory(path)
         size = parsed_args.block_size or self.env.conf.repository.block_size
         try:

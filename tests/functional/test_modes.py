@@ -4,7 +4,6 @@
 import contextlib
 import grp
 import os
-import pathlib
 import stat
 import subprocess
 
@@ -111,14 +110,16 @@ def test_what_builders_and_hosts_make(tmp_path, room, umask):
 
 def test_what_the_programs_make(tmp_path, room, umask):
     """The same by the command line and an agent, as they are run."""
-    ctl = Fastbootctl(room / 's')
+    ctl = Fastbootctl(tmp_path)
+    ctl.options = ('--state-dir', str(room / 's'), *ctl.options[2:])
     ctl('repo', 'init')
+    assert (room / 's').stat().st_mode & 0o777 == 0o751
     ctl('image', 'add', made(tmp_path), '--id', IMAGE)
     group = grp.getgrgid(os.getegid()).gr_name
     agent = Agent(room / 's', room / 's' / 'repository',
                   export={'group': group}, agent={'group': group})
     agent.log = tmp_path / 'agent.log'
-    agent.config.chmod(0o640)
+    agent.config.chmod(0o640)  # the test made it
     try:
         agent.start()
         agent.await_state(IMAGE, 'ready')
@@ -135,4 +136,3 @@ def test_what_the_programs_make(tmp_path, room, umask):
     seen |= look(room, {room / 's', run})
     assert seen >= {'disk.qcow2', 'stub.qcow2', 'misses.log', 'nbd.pid',
                     'volume', 'complete'}, seen
-    assert pathlib.Path(room / 's').stat().st_mode & 0o007 == 1
