@@ -12,6 +12,8 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
+from fastboot_common import files
+
 _BATCH: Final = 256
 
 
@@ -23,6 +25,7 @@ class BlockIndex:
 
         :raises sqlite3.DatabaseError: the file is damaged.
         """
+        files.touch(path)
         self._db = sqlite3.connect(path, check_same_thread=False, timeout=60)
         # FULL: an index that forgot a commit would give clusters out twice.
         self._db.executescript(

@@ -16,6 +16,7 @@ import sqlite3
 from collections.abc import Callable, Iterable
 from typing import Final
 
+from fastboot_common import files
 from fastboot_common.pack import PackIndex
 
 #: Pack 0 is never in the index: the one that is being written.
@@ -40,7 +41,7 @@ class DedupIndex:
 
     def __init__(self, path: pathlib.Path) -> None:
         """Open or make the index at `path`, or beside it if that is taken."""
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o750)
+        files.make_directory(path.parent)
         self._path, self._lock = _free(path)
         try:
             self._open()
@@ -51,6 +52,7 @@ class DedupIndex:
             self.discard()
 
     def _open(self) -> None:
+        files.touch(self._path)
         self._db = sqlite3.connect(self._path, timeout=60)
         # WAL: a crash loses the last packs, never half of one.
         self._db.executescript(

@@ -23,6 +23,25 @@ _libc.fallocate.argtypes = [
     ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
 
 
+def make_directory(path: pathlib.Path) -> None:
+    """Make a directory and its parents, unless they are there.
+
+    Mode 0750 each, whatever the umask: ``Path.mkdir`` asks for it only for
+    the last of them.
+    """
+    if not path.is_dir():
+        make_directory(path.parent)
+        path.mkdir(exist_ok=True, mode=0o750)
+
+
+def touch(path: pathlib.Path) -> None:
+    """Make an empty file of mode 0640 at most, unless there is a file.
+
+    For what libraries and programs write: they would let everybody read it.
+    """
+    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o640))
+
+
 def sync_directory(path: pathlib.Path) -> None:
     """Make the names in a directory durable."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
@@ -50,7 +69,7 @@ def write_atomically(path: pathlib.Path, data: bytes) -> None:
 
     :raises NoSpace: the device is full; the old file is intact.
     """
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o750)
+    make_directory(path.parent)
     # Threads may write the same file at the same time.
     temporary = path.with_name(
         f'.{path.name}.{threading.get_native_id()}.tmp')

@@ -295,7 +295,7 @@ def apply(state: State, data: bytes) -> State:
     if entry.get('previous') != state.previous:
         raise exception.Corrupt(
             f'journal entry {number} does not follow entry {state.version} '
-            f'as it is known here: the journal was rewritten')
+            f'as it is known here: the journal was rewritten; restore it')
     fold = _KINDS.get(str(entry.get('kind')))
     if fold is None:
         raise exception.UnknownVersion(

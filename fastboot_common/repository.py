@@ -106,14 +106,22 @@ class Repository:
                 self._proven and newest is None):
             return
         if newest is None:
-            newest = self.store.get(store.entry_name(state.version),
-                                    journal.ENTRY_LIMIT)
+            newest = self._known_entry(state.version)
             if hashlib.sha256(newest).hexdigest() != state.previous:
                 raise exception.Corrupt(
                     f'journal entry {state.version} is not the one that is '
-                    f'known here: the journal was rewritten')
+                    f'known here: the journal was rewritten; restore it')
         self._trust.check(newest, state.version, self.id)
         self._proven = True
+
+    def _known_entry(self, number: int) -> bytes:
+        try:
+            return self.store.get(store.entry_name(number),
+                                  journal.ENTRY_LIMIT)
+        except exception.NotFound as error:
+            raise exception.Corrupt(
+                f'journal entry {number}, which is known here, is gone: the '
+                f'repository is an older one; restore the newer') from error
 
     def _hint(self) -> int:
         try:

@@ -421,7 +421,7 @@ class Volume:
             os.fdatasync(self._fd)
             target.write_header(None)
             os.fdatasync(self._fd)
-            name.parent.mkdir(exist_ok=True, mode=0o750)
+            files.make_directory(name.parent)
             os.link(self.file, name)
             files.sync_directory(name.parent)
             return True
@@ -471,7 +471,7 @@ class Volume:
     def touch(self, image_id: str) -> None:
         """Count as used now, for those who evict what was not."""
         path = self.path / 'leases' / journal.validate_image_id(image_id)
-        path.mkdir(parents=True, exist_ok=True, mode=0o750)
+        files.make_directory(path)
         os.utime(path)
 
     def release(self, image_id: str, holder: str, file: str = '') -> None:
@@ -828,7 +828,7 @@ class Volume:
 
 
 def _lock(path: pathlib.Path) -> int:
-    path.mkdir(parents=True, exist_ok=True, mode=0o750)
+    files.make_directory(path)
     fd = os.open(path / 'lock', os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

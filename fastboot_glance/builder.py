@@ -224,6 +224,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (exception.FastbootError, cfg.Error) as error:
         print(f'fastboot-builder: {error}', file=sys.stderr)
         return 1
+    # What it makes holds the content of images.
+    os.umask(0o027)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: service.stop())
     service.run()

@@ -18,7 +18,7 @@ from typing import Any, Final
 
 import numpy
 
-from fastboot_common import configdrive, exception, nbdkit, qemu, trace
+from fastboot_common import configdrive, exception, files, nbdkit, qemu, trace
 from fastboot_glance import endings, guest
 
 #: Called now and then with the number of the boot (from 0), its seconds so
@@ -30,8 +30,10 @@ Progress = Callable[[int, float, int], None]
 STALL: Final = 180
 _TICK: Final = 0.1
 _GRAIN: Final = 64 << 10
-#: What a guest may write before it is stopped, in bytes.
-_OVERLAY: Final = 4 << 30
+#: What a guest may write, on its disk and its console, before it is stopped;
+#: and what no file can exceed, however fast it comes (bytes).
+_WRITTEN: Final = 3 << 30
+_LONGEST: Final = 4 << 30
 _SOCKET: Final = 'nbd.sock'
 _DISK: Final = 'root.qcow2'
 _CONFIG_DRIVE: Final = 'config.iso'
@@ -94,6 +96,7 @@ def capture(raw_path: pathlib.Path, virtual_size: int,
     :param progress: see :data:`Progress`.
     :param cancel: when set, the boot is stopped and the state is ``none``.
     :raises ConfigError: an option cannot work, or QEMU is missing.
+    :raises NoSpace: what guests write leaves too little room in `workdir`.
     """
     cancel = cancel or threading.Event()
     boots = _Boots(raw_path, virtual_size, workdir, options,
@@ -193,8 +196,8 @@ class _Boots:
                 config = self._config(number)
                 self._furnish(room, self._disk_size(number), config)
                 with qemu.Machine(config, room, self._prefix()) as machine:
-                    watch = _Watch(machine, _Meter(log, self._size), drivers,
-                                   self._options, self._cancel)
+                    watch = _Watch(machine, _Meter(log, self._size), room,
+                                   drivers, self._options, self._cancel)
                     end, seconds = watch.run(
                         lambda *seen: self._progress(number, *seen))
                 return _Boot(trace.parse_log(log), end, seconds)
@@ -231,20 +234,26 @@ class _Boots:
         kernel's driver, and clouds with a metadata service have none. Such
         a guest reads its DHCP client and other data sources of cloud-init:
         3 MB of a Debian 12 that a boot with the drive does not read.
+
+        QEMU answers DHCP only where it has a network of its own: what breaks
+        out of it would else be in the host's.
         """
         drive = self._options.config_drive and number % 2 == 0
         return qemu.Config(
             disk=qemu.file_disk(_DISK, 'qcow2'),
             memory=self._options.memory, vcpus=self._options.vcpus,
             accelerator=self._options.accelerator, cache='unsafe',
-            config_drive=_CONFIG_DRIVE if drive else None, dhcp=not drive)
+            config_drive=_CONFIG_DRIVE if drive else None,
+            dhcp=not drive and self._sandbox.isolated)
 
     def _furnish(self, room: pathlib.Path, size: int,
                  config: qemu.Config) -> None:
         """Make what the machine needs, and give it to the sandbox."""
+        files.touch(room / _DISK)
         qemu.create_overlay(room / _DISK, f'nbd+unix:///?socket={_SOCKET}',
                             'raw', size)
         if config.config_drive:
+            files.touch(room / config.config_drive)
             configdrive.build(room / config.config_drive)
         self._sandbox.own(room)
 
@@ -252,7 +261,7 @@ class _Boots:
         options = self._options
         limits = guest.Limits(
             memory=(options.memory << 20) + qemu.OVERHEAD,
-            file_size=_OVERLAY,
+            file_size=_LONGEST,
             cpu_seconds=(options.timeout + 60) * (options.vcpus + 1))
         return self._sandbox.prefix(
             limits, kvm=options.accelerator == 'kvm')
@@ -262,10 +271,11 @@ class _Watch:
     """Looks at one guest until its boot is over."""
 
     def __init__(self, machine: qemu.Machine, meter: _Meter,
-                 drivers: dict[str, endings.Ending], options: Any,
-                 cancel: threading.Event) -> None:
+                 room: pathlib.Path, drivers: dict[str, endings.Ending],
+                 options: Any, cancel: threading.Event) -> None:
         self._machine = machine
         self._meter = meter
+        self._room = room
         self._drivers = drivers
         self._options = options
         self._cancel = cancel
@@ -307,7 +317,19 @@ class _Watch:
             raise _NotBooted(
                 f'it read {view.unique} bytes, then nothing for {STALL} '
                 f'seconds; is there a boot loader for BIOS?')
+        if _disk_usage(self._room) > _WRITTEN:
+            raise _NotBooted(f'it wrote more than {_WRITTEN} bytes')
+        guest.check_room(self._room)
 
     def _wait(self, seconds: float) -> None:
         if self._cancel.wait(seconds):
             raise _Cancelled
+
+
+def _disk_usage(directory: pathlib.Path) -> int:
+    """Bytes on disk of the files in a directory, which may come and go."""
+    total = 0
+    for path in directory.iterdir():
+        with contextlib.suppress(OSError):
+            total += path.lstat().st_blocks * 512
+    return total

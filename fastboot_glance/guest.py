@@ -23,6 +23,8 @@ from fastboot_common import exception
 
 LOG: Final = logging.getLogger(__name__)
 
+#: Room that conversions and guests leave on the file system, in bytes.
+RESERVE: Final = 1 << 30
 _OPEN_FILES: Final = 256
 
 
@@ -69,6 +71,11 @@ class Sandbox:
             raise exception.ConfigError(
                 '[capture] user must not be root: uploaded images run as it')
 
+    @property
+    def isolated(self) -> bool:
+        """Whether programs have a network of their own, with nobody in it."""
+        return bool(_namespaces(self._root))
+
     def prefix(self, limits: Limits, *, kvm: bool = False) -> list[str]:
         """The command to put in front of a program's.
 
@@ -105,6 +112,18 @@ class Sandbox:
             os.lchown(path, *ids)
 
 
+def check_room(directory: pathlib.Path) -> None:
+    """See that what an image makes us write does not fill the disk.
+
+    :raises NoSpace: hardly any room is left where `directory` is.
+    """
+    space = os.statvfs(directory)
+    if space.f_bavail * space.f_frsize < RESERVE:
+        raise exception.NoSpace(
+            f'{directory}: less than {RESERVE} bytes would be left; make '
+            f'room, or give builders a larger disk')
+
+
 @functools.cache
 def _namespaces(root: bool) -> Sequence[str]:
     """``unshare`` with all the namespaces that this host permits.
@@ -120,7 +139,8 @@ def _namespaces(root: bool) -> Sequence[str]:
     if done.returncode == 0:
         return command
     LOG.warning('This host permits no namespaces; uploaded images run with '
-                'limits only: %s', done.stderr.decode(errors='replace'))
+                'limits only, and without DHCP: %s',
+                done.stderr.decode(errors='replace'))
     return []
 
 

@@ -27,8 +27,6 @@ from fastboot_glance import guest
 
 #: The largest disk that is looked at, in bytes.
 LARGEST: Final = 4 << 40
-#: Room that a conversion leaves free on the file system, in bytes.
-RESERVE: Final = 1 << 30
 
 #: The inspector's name of a format, and QEMU's.
 _FORMATS: Final = {'raw': 'raw', 'gpt': 'raw', 'qcow2': 'qcow2',
@@ -241,10 +239,10 @@ class _Copy:
         """
         command = [*self._prefix(size, int(timeout)),
                    *qemu.convert_command(self._image, _RAW)]
-        with (self._room / 'convert.log').open('w+b') as words:
+        with tempfile.TemporaryFile(dir=self._room) as words:
             process = subprocess.Popen(
                 command, cwd=self._guest, stdin=subprocess.DEVNULL,
-                stdout=words, stderr=words)
+                stdout=words, stderr=words, umask=0o027)
             try:
                 self._wait(process, command, timeout, cancel)
             finally:
@@ -268,11 +266,7 @@ class _Copy:
                 raise exception.CommandFailed(
                     command, -9, f'not done in {timeout} seconds')
             # A small file may stand for a huge disk full of data.
-            space = os.statvfs(self._room)
-            if space.f_bavail * space.f_frsize < RESERVE:
-                raise exception.NoSpace(
-                    f'{self._room}: less than {RESERVE} bytes would be left '
-                    f'by the raw copy of {self._path.name}')
+            guest.check_room(self._room)
 
     def take(self, size: int) -> pathlib.Path:
         """Take the copy out of the sandbox's reach, and return its path."""

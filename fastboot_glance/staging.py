@@ -92,7 +92,7 @@ def open_stage(workdir: pathlib.Path, image_id: str) -> Iterator[Stage]:
     work = workdir / f'{_TEMPORARY}{secrets.token_hex(2)}'
     with contextlib.ExitStack() as exits:
         try:
-            path.parent.mkdir(parents=True, exist_ok=True, mode=0o711)
+            files.make_directory(path.parent)
             for directory in (path, work):
                 exits.callback(os.close, _lock(directory))
         except OSError as error:
@@ -107,7 +107,7 @@ def _lock(path: pathlib.Path) -> int:
     :raises Busy: another process has it.
     """
     for _ in range(_ATTEMPTS):
-        path.mkdir(exist_ok=True, mode=0o711)
+        path.mkdir(exist_ok=True, mode=0o750)
         fd = -1
         try:
             fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

@@ -214,7 +214,7 @@ class Mirror:
         if whole.exists():
             return 0
         if _cost(ref, frames) == ref.size:
-            whole.parent.mkdir(parents=True, exist_ok=True, mode=0o750)
+            files.make_directory(whole.parent)
             self.source.fetch(store.object_name('packs', ref.digest), whole,
                               ref.digest, progress)
             files.remove(self._path('partial', ref.digest))
@@ -378,7 +378,7 @@ class Mirror:
     def _write_local(self, ref: pack.PackRef, offset: int,
                      data: bytes) -> None:
         path = self._local(ref.digest)
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o750)
+        files.make_directory(path.parent)
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
         try:
             if os.fstat(fd).st_size < ref.size:

@@ -9,7 +9,7 @@ import pathlib
 from types import TracebackType
 from typing import Self
 
-from fastboot_common import ensure, localapi, nbdkit
+from fastboot_common import ensure, files, localapi, nbdkit
 from fastboot_nova import host
 
 
@@ -46,7 +46,7 @@ class Node:
         :raises ConfigError: it is missing or too old.
         """
         agent, export = self._run / 'agent.sock', self._run / 'export.sock'
-        self._run.mkdir(parents=True, exist_ok=True, mode=0o750)
+        files.make_directory(self._run)
         with self._resources:
             enter = self._resources.enter_context
             enter(localapi.Server(

@@ -6,7 +6,7 @@ from typing import Any
 
 from cliff import command, lister, show
 
-from fastboot_common import exception, repository, signing, store
+from fastboot_common import exception, files, repository, signing, store
 from fastboot_common.store import striped, throttle
 
 
@@ -16,6 +16,16 @@ class Environment:
     def __init__(self, conf: Any) -> None:
         self.conf = conf
         self.state_dir = pathlib.Path(conf.state_dir).absolute()
+
+    def make_state_dir(self) -> None:
+        """Make the state directory, unless it is there.
+
+        Others may pass, and list nothing: who serves the repository, and
+        nova-compute.
+        """
+        if not self.state_dir.exists():
+            files.make_directory(self.state_dir)
+            self.state_dir.chmod(0o751)
 
     @property
     def cache(self) -> pathlib.Path:

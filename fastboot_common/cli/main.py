@@ -6,6 +6,7 @@ Commands come from the entry points ``fastbootctl.commands`` of any package.
 
 import argparse
 import importlib.metadata
+import os
 import sys
 from typing import Any
 
@@ -62,5 +63,7 @@ def main(argv: list[str] | None = None) -> int:
 
     :returns: its exit status.
     """
+    # Not for everybody: what it makes holds the content of images.
+    os.umask(0o027)
     return int(Fastbootctl().run(
         sys.argv[1:] if argv is None else argv))

@@ -5,7 +5,7 @@ import argparse
 import pathlib
 from typing import Any
 
-from fastboot_common import exception, repack, repository, upkeep
+from fastboot_common import exception, files, repack, repository, upkeep
 from fastboot_common.cli import base, progress
 from fastboot_common.store import local
 
@@ -28,7 +28,8 @@ class Init(base.Command):
             raise exception.Invalid(
                 f'{location} cannot be written; use its directory')
         path = pathlib.Path(location.removeprefix('file://'))
-        path.mkdir(parents=True, exist_ok=True, mode=0o750)
+        self.env.make_state_dir()
+        files.make_directory(path)
         size = parsed_args.block_size or self.env.conf.repository.block_size
         try:
             repository.init(local.LocalStore(path), size)

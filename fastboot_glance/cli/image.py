@@ -8,7 +8,7 @@ import time
 import uuid
 from typing import Any
 
-from fastboot_common import exception, journal, publish
+from fastboot_common import exception, files, journal, publish
 from fastboot_common.cli import base, progress
 from fastboot_glance import build
 
@@ -51,7 +51,7 @@ class Add(base.ShowOne):
             boot_level=group.boot_compression_level,
             threads=group.threads or None)
         workdir = env.state_dir / 'work'
-        workdir.mkdir(parents=True, exist_ok=True, mode=0o711)
+        files.make_directory(workdir)
         request = build.Request(
             parsed_args.file.absolute(), image_id,
             parsed_args.name or parsed_args.file.stem,

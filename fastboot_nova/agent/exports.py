@@ -20,7 +20,7 @@ from typing import Final
 
 from oslo_log import log as logging
 
-from fastboot_common import exception, nbdkit, sockets
+from fastboot_common import exception, files, nbdkit, sockets
 
 LOG = logging.getLogger(__name__)
 
@@ -131,6 +131,9 @@ class Keeper:
     def _start(self) -> None:
         nbdkit.version()
         sockets.vacate(self.path)
+        # nbdkit has an umask of its own.
+        self.pid_file.unlink(missing_ok=True)
+        files.touch(self.pid_file)
         try:
             done = subprocess.run(
                 self.command, stdin=subprocess.DEVNULL, capture_output=True,

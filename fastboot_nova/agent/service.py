@@ -22,7 +22,7 @@ from typing import Any, Final
 from oslo_config import cfg
 from oslo_log import log as logging
 
-from fastboot_common import exception, localapi, nbdkit
+from fastboot_common import exception, files, localapi, nbdkit
 from fastboot_common.cli import base
 from fastboot_common.conf import opts
 from fastboot_nova.agent import (
@@ -136,7 +136,7 @@ class Service:
             os.setegid(self._gid)
         host_path = self._env.host_path
         for path in (self._env.run, host_path / 'volumes'):
-            path.mkdir(parents=True, exist_ok=True, mode=0o750)
+            files.make_directory(path)
         # nova-compute's group is another: it may pass, and list nothing.
         for path in (self._env.state_dir, self._env.run):
             path.chmod(0o751)

@@ -14,6 +14,7 @@ from fastboot_common import (
     chain,
     configdrive,
     exception,
+    files,
     journal,
     qemu,
     trace,
@@ -61,7 +62,7 @@ class Run(base.ShowOne):
         env = self.env
         name = journal.validate_image_id(parsed_args.name)
         directory = env.state_dir / 'vms' / name
-        directory.mkdir(parents=True, exist_ok=True, mode=0o750)
+        files.make_directory(directory)
         log = directory / 'misses.log'
         log.unlink(missing_ok=True)
         try:

@@ -55,6 +55,37 @@ def sector(text: bytes = b'', count: int = 0, first: int = 0,
     return signed(data.ljust(0x140, b'\0') + text)
 
 
+def glutton() -> bytes:
+    """The sector of a guest that writes to its disk for ever.
+
+    ::
+
+        .code16
+         cli; xorw %ax,%ax; movw %ax,%ds; movw %ax,%ss; movw $0x7c00,%sp
+         sti; movb %dl,drive
+        1: movw $0x4300,%ax; movb drive,%dl; movw $dap,%si; int $0x13
+         addl $64,dap+8; jmp 1b
+        .align 4
+        dap: .byte 16,0; .word 64; .word 0,0x1000; .quad 64
+        drive: .byte 0
+    """
+    return signed(bytes.fromhex(
+        'fa31c08ed88ed0bc007cfb8816347cb800438a16347cbe247ccd136683062c7c40eb'
+        'ec901000400000000010400000000000000000'))
+
+
+def chatterbox() -> bytes:
+    """The sector of a guest that prints for ever.
+
+    ::
+
+        .code16
+         movw $0x3f8,%dx; movb $'x',%al
+        1: outb %al,%dx; jmp 1b
+    """
+    return signed(bytes.fromhex('baf803b078eeebfd'))
+
+
 def signed(code: bytes) -> bytes:
     """A boot sector with one partition: Glance refuses any without."""
     assert len(code) <= 440

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Captures of guests of one sector, in the real QEMU and the real sandbox."""
 
+import contextlib
 import os
 import pathlib
 import threading
@@ -50,8 +51,9 @@ def boot(tmp_path, sector, size=SIZE, progress=None, cancel=None, **values):
 def descendants(pid):
     found = []
     for task in pathlib.Path(f'/proc/{pid}/task').iterdir():
-        for child in (task / 'children').read_text().split():
-            found += [int(child), *descendants(int(child))]
+        with contextlib.suppress(FileNotFoundError):  # a thread that ended
+            for child in (task / 'children').read_text().split():
+                found += [int(child), *descendants(int(child))]
     return found
 
 

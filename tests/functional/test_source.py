@@ -8,12 +8,13 @@ import random
 import struct
 import subprocess
 import threading
+import zlib
 
 import bootsector
 import pytest
 
 from fastboot_common import exception
-from fastboot_glance import source
+from fastboot_glance import guest, source
 
 SIZE = (6 << 20) + 512
 SEED = 7
@@ -170,7 +171,32 @@ def test_qcow2_data_file(tmp_path, content, work):
     image = tmp_path / 'image'
     run('qemu-img', 'create', '-f', 'qcow2', '-o',
         f'data_file={tmp_path / "data"},data_file_raw=on', str(image), '4M')
-    refuse(image, work, 'data_file')
+    refuse(image, work, 'data.file')
+
+
+def test_qcow2_data_file_that_the_inspector_misses(
+        tmp_path, content, work, monkeypatch):
+    monkeypatch.setattr(source, '_check_safety', lambda *_: None)
+    test_qcow2_data_file(tmp_path, content, work)
+
+
+@pytest.mark.parametrize('backing', [
+    'json:{"driver":"raw","file":{"driver":"file",'
+    '"filename":"/etc/passwd"}}',
+    'json:{"driver":"nbd","server":{"type":"inet","host":"127.0.0.1",'
+    '"port":"1"}}',
+    'nbd://127.0.0.1:1/', 'https://127.0.0.1:1/', '/etc/passwd',
+    '/dev/stdin', 'fd:0', 'image'])
+@pytest.mark.parametrize('inspected', [True, False])
+def test_qcow2_backing_elsewhere(tmp_path, work, monkeypatch, backing,
+                                 inspected):
+    """Where the inspector misses it, QEMU is told to open none."""
+    if not inspected:
+        monkeypatch.setattr(source, '_check_safety', lambda *_: None)
+    image = tmp_path / 'image'
+    run('qemu-img', 'create', '-u', '-f', 'qcow2', '-b', backing, '-F', 'raw',
+        str(image), '1M')
+    refuse(image, work, 'backing file')
 
 
 @pytest.mark.parametrize('method', [1, 2])
@@ -227,6 +253,168 @@ def test_qcow2_impossible_size(tmp_path, work):
     run('qemu-img', 'create', '-f', 'qcow2', '-o', 'cluster_size=2M',
         str(image), str(source.LARGEST + (1 << 20)))
     refuse(image, work, 'at most')
+
+
+def test_qcow2_huge_and_empty(tmp_path, work):
+    """A large disk costs nothing as such."""
+    image = tmp_path / 'image'
+    run('qemu-img', 'create', '-f', 'qcow2', '-o', 'cluster_size=2M',
+        str(image), str(source.LARGEST))
+    with source.open_source(image, work, timeout=60) as found:
+        assert found.virtual_size == source.LARGEST
+        assert found.raw_path.stat().st_blocks * 512 <= 1 << 20
+
+
+def bomb(path, tables=64):
+    """A sound qcow2 of 330 KiB: all 64 KiB of its 32 GiB are one cluster,
+    compressed, and all its tables are one."""
+    cluster = 1 << 16
+    count = cluster // 8
+    squeeze = zlib.compressobj(9, wbits=-12)
+    data = squeeze.compress(b'bomb' * (cluster // 4)) + squeeze.flush()
+    sectors = -(-len(data) // 512)
+    header = struct.pack(
+        '>4sIQIIQIIQQIIQQQQII', b'QFI\xfb', 3, 0, 0, 16,
+        tables * count * cluster, 0, tables, 3 * cluster, cluster, 1, 0, 0,
+        0, 0, 0, 5, 104)
+    # One of each, but all tables are one, and so are all clusters.
+    refcounts = struct.pack('>6I', 1, 1, 1, 1, tables, tables * count)
+    parts = [header, struct.pack('>Q', 2 * cluster), refcounts,
+             struct.pack('>Q', 4 * cluster) * tables,
+             struct.pack('>Q', 1 << 62 | (sectors - 1) << 54 | 5 * cluster)
+             * count, data.ljust(sectors * 512, b'\0')]
+    with path.open('wb') as image:
+        for number, part in enumerate(parts):
+            image.seek(number * cluster)
+            image.write(part)
+    return path
+
+
+def test_qcow2_bomb(tmp_path, work, monkeypatch):
+    image = bomb(tmp_path / 'image')
+    assert image.stat().st_size < 400 << 10
+    free = os.statvfs(work)
+    monkeypatch.setattr(guest, 'RESERVE',
+                        free.f_bavail * free.f_frsize - (128 << 20))
+    most = 0
+    check = guest.check_room
+
+    def spy(room):
+        nonlocal most
+        most = max(most, *(path.stat().st_blocks * 512
+                           for path in room.glob('guest/*')))
+        check(room)
+
+    monkeypatch.setattr(guest, 'check_room', spy)
+    with pytest.raises(exception.NoSpace, match='larger disk'):
+        with source.open_source(image, work):
+            pass
+    assert 0 < most < 4 << 30
+
+
+def test_qcow2_small_bomb_is_an_image(tmp_path, work):
+    """The one above is stopped for what it takes, not for its shape."""
+    image = bomb(tmp_path / 'image', 2)
+    with image.open('r+b') as header:
+        header.seek(24)
+        header.write(struct.pack('>Q', 1 << 20))
+    with source.open_source(image, work) as found:
+        assert found.raw_path.read_bytes() == b'bomb' * (1 << 18)
+
+
+#: Offset in the header, and how the field is packed.
+_L1_SIZE, _L1, _REFCOUNTS = (36, '>I'), (40, '>Q'), (48, '>Q')
+_REFCOUNT_CLUSTERS, _SNAPSHOTS, _SNAPSHOT_TABLE = (
+    (56, '>I'), (60, '>I'), (64, '>Q'))
+_CLUSTER_BITS, _REFCOUNT_ORDER, _LENGTH = (20, '>I'), (96, '>I'), (100, '>I')
+_EVERYWHERE = (0, 1, 512, 65536, 1 << 30, 1 << 40, (1 << 63) - 1,
+               (1 << 64) - 65536, (1 << 64) - 1)
+
+
+@pytest.mark.parametrize('field, values', [
+    (_L1, _EVERYWHERE), (_REFCOUNTS, _EVERYWHERE),
+    (_L1_SIZE, (0, 1 << 24, 1 << 31, (1 << 32) - 1)),
+    (_REFCOUNT_CLUSTERS, (0, 1 << 16, (1 << 32) - 1)),
+    (_CLUSTER_BITS, (0, 8, 22, 31, 63, (1 << 32) - 1)),
+    (_REFCOUNT_ORDER, (0, 7, 31, (1 << 32) - 1)),
+    (_LENGTH, (0, 103, 65536, (1 << 32) - 1)),
+])
+def test_qcow2_hostile_header(tmp_path, content, work, field, values):
+    """Such an image is refused, or its bytes are its own."""
+    good = make(tmp_path, content, 'qcow2').read_bytes()
+    image = tmp_path / 'image'
+    at, form = field
+    for value in values:
+        image.write_bytes(good[:at] + struct.pack(form, value)
+                          + good[at + struct.calcsize(form):])
+        assert harmless(image, work), value
+
+
+def harmless(image, work):
+    try:
+        with source.open_source(image, work, timeout=60) as found:
+            # All of it comes from the file: clusters of it, or zeros.
+            whole = image.read_bytes()
+            raw = found.raw_path.read_bytes()
+            assert len(raw) <= SIZE
+            return all(raw[at:at + 4096].strip(b'\0') == b''
+                       or raw[at:at + 4096] in whole
+                       for at in range(0, len(raw) - 4096, 4096))
+    except exception.ImageRejected:
+        return True
+
+
+@pytest.mark.parametrize('count, offset', [
+    (1, 0), (1, 65536), (1, 1 << 40), (65536, 65536), (65537, 0),
+    ((1 << 32) - 1, 65536), ((1 << 32) - 1, (1 << 64) - 1)])
+def test_qcow2_hostile_snapshots(tmp_path, content, work, count, offset):
+    image = make(tmp_path, content, 'qcow2')
+    with image.open('r+b') as header:
+        header.seek(_SNAPSHOTS[0])
+        header.write(struct.pack('>IQ', count, offset))
+    assert harmless(image, work)
+
+
+@pytest.mark.parametrize('word', [
+    1, 511, 65536, 3 << 16, 1 << 40, (1 << 56) - 512, 1 << 62,
+    1 << 62 | (1 << 62) - 1, (1 << 64) - 1, 1 << 63 | 65536])
+@pytest.mark.parametrize('level', [1, 2])
+def test_qcow2_hostile_tables(tmp_path, content, work, level, word):
+    """Entries that name other tables, other places, and none."""
+    image = make(tmp_path, content, 'qcow2')
+    data = bytearray(image.read_bytes())
+    at = struct.unpack_from('>Q', data, _L1[0])[0]
+    if level == 2:
+        at = struct.unpack_from('>Q', data, at)[0] & 0x00fffffffffffe00
+    struct.pack_into('>Q', data, at, word)
+    image.write_bytes(data)
+    assert harmless(image, work)
+
+
+_FLAT = """# Disk DescriptorFile
+version=1
+CID=12345678
+parentCID=ffffffff
+createType="{kind}"
+
+RW 4 {extent} "/etc/passwd"{offset}
+
+ddb.adapterType = "ide"
+"""
+
+
+@pytest.mark.parametrize('kind, extent, offset', [
+    ('monolithicFlat', 'FLAT', ' 0'), ('twoGbMaxExtentFlat', 'FLAT', ' 0'),
+    ('vmfs', 'VMFS', ''), ('monolithicSparse', 'FLAT', ' 0'),
+    ('monolithicSparse', 'SPARSE', '')])
+@pytest.mark.parametrize('inspected', [True, False])
+def test_vmdk_that_names_a_file_of_the_host(
+        tmp_path, work, monkeypatch, kind, extent, offset, inspected):
+    if not inspected:
+        monkeypatch.setattr(source, 'inspect', lambda *_: 'vmdk')
+    image = tmp_path / 'image'
+    image.write_text(_FLAT.format(kind=kind, extent=extent, offset=offset))
+    refuse(image, work, None, 'vmdk')
 
 
 def edit_descriptor(image, old, new):
@@ -291,7 +479,7 @@ def test_two_formats_at_once(tmp_path, content, work):
 
 
 def test_no_space(tmp_path, content, work, monkeypatch):
-    monkeypatch.setattr(source, 'RESERVE', 1 << 62)
+    monkeypatch.setattr(guest, 'RESERVE', 1 << 62)
     image = make(tmp_path, content, 'qcow2')
     with pytest.raises(exception.NoSpace):
         with source.open_source(image, work):

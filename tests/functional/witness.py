@@ -119,11 +119,11 @@ class Witness:
         return passed, at
 
 
-def assemble() -> bytes:
-    """The program: four sectors."""
+def assemble(source: pathlib.Path = _SOURCE) -> bytes:
+    """A program that begins with a boot sector; this one has four."""
     with tempfile.TemporaryDirectory() as name:
         there, code = pathlib.Path(name, 'o'), pathlib.Path(name, 'bin')
-        subprocess.run(['as', '--32', _SOURCE, '-o', there], check=True)
+        subprocess.run(['as', '--32', source, '-o', there], check=True)
         subprocess.run(['ld', '-m', 'elf_i386', '-Ttext', '0x7c00',
                         '--oformat', 'binary', there, '-o', code],
                        check=True)

@@ -467,13 +467,8 @@ def test_hostile_headers(plugin, model, slot, garbage, at):
     plugin.close(other)
 
 
-def test_list_exports(plugin, model, slot):
-    images = model.path.parent / 'images'
-    (images / 'a').touch()
-    (images / '.tmp').touch()
-    assert plugin.list_exports(True, False) == ['a', IMAGE]
-    (images / 'a').unlink()
-    (images / '.tmp').unlink()
+def test_list_exports(plugin):
+    assert plugin.list_exports(True, False) == []
 
 
 def test_config(plugin, monkeypatch):
