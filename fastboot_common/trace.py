@@ -113,6 +113,9 @@ class LogReader:
                     f'{self._path}: no such time: {text!r}'
                 ) from error
             since = moment - datetime.datetime(1970, 1, 1)
+            if since < datetime.timedelta(0):
+                raise exception.Corrupt(
+                    f'{self._path}: no such time: {text!r}')
             self._seconds[text] = since // datetime.timedelta(microseconds=1)
         return self._seconds[text]
 
