@@ -153,6 +153,13 @@ def test_unpack_impossible(record):
         trace.unpack(data, SIZE)
 
 
+def test_unpack_behind_the_largest_disk():
+    size = (1 << 64) - 1
+    data = numpy.array([(0, size - 4, 512, 0)], trace.DTYPE).tobytes()
+    with pytest.raises(exception.Corrupt):
+        trace.unpack(data, size)
+
+
 def test_unpack_to_the_last_byte():
     data = make([(SIZE - 512, 512)]).tobytes()
     assert trace.unpack(data, SIZE)['offset'] == [SIZE - 512]
