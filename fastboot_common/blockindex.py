@@ -45,7 +45,7 @@ class BlockIndex:
         """Offset behind the last cluster ever given out; None: unknown."""
         row = self._db.execute(
             "SELECT value FROM meta WHERE key = 'end'").fetchone()
-        return int(row[0]) if row else None
+        return _offset(row[0]) if row else None
 
     @property
     def busy(self) -> bool:
@@ -67,9 +67,10 @@ class BlockIndex:
         for start in range(0, len(digests), _BATCH):
             part = digests[start:start + _BATCH]
             marks = ','.join('?' * len(part))
-            found.update(self._db.execute(
+            rows = self._db.execute(
                 'SELECT digest, offset FROM blocks '  # noqa: S608
-                f'WHERE digest IN ({marks})', part))
+                f'WHERE digest IN ({marks})', part)
+            found.update((digest, _offset(value)) for digest, value in rows)
         return found
 
     def add(self, rows: list[tuple[bytes, int]], end: int) -> None:
@@ -96,3 +97,10 @@ class BlockIndex:
         with self._db:
             self._db.execute('DELETE FROM blocks')
             self._db.execute('DELETE FROM meta')
+
+
+def _offset(value: object) -> int:
+    """:raises sqlite3.DatabaseError: `value` is none; SQLite takes any."""
+    if not isinstance(value, int) or value < 0:
+        raise sqlite3.DatabaseError(f'not an offset: {value!r}')
+    return value

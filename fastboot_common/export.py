@@ -178,10 +178,11 @@ def _describe(path: str) -> tuple[int, int]:
     with os.fdopen(fd, 'rb') as file:
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             raise ValueError('not a regular file')
-        data = json.loads(file.read(_DESCRIPTION_LIMIT))
+        text = file.read(_DESCRIPTION_LIMIT)
     try:
+        data = json.loads(text)
         serial, size = data['serial'], data['virtual_size']
-    except (KeyError, TypeError):
+    except (KeyError, TypeError, RecursionError):
         raise ValueError('serial or virtual_size is missing') from None
     if (type(serial) is not int or type(size) is not int
             or not 0 < serial < _SLOTS_END // _SLOT or size < 0):

@@ -20,6 +20,8 @@ VERSION: Final = 1
 ENTRY_LIMIT: Final = 16 << 20
 #: Slots end at 64 GiB: reference/volume.
 SERIAL_LIMIT: Final = 1 << 20
+#: No file is as long (bytes), and no system call takes more.
+_SIZE_LIMIT: Final = 1 << 63
 
 #: An image's id becomes an export name and a file name: no '/', no leading
 #: dot or dash, and short enough for a slot's header.
@@ -73,8 +75,8 @@ class Image:
         sane = (
             0 < self.serial < SERIAL_LIMIT
             and _DIGEST.fullmatch(self.manifest)
-            and self.manifest_size > 0
-            and self.virtual_size >= 0
+            and 0 < self.manifest_size < _SIZE_LIMIT
+            and 0 <= self.virtual_size < _SIZE_LIMIT
             and self.visibility in VISIBILITIES
             and _OWNER.fullmatch(self.owner)
             and type(self.serial) is int
@@ -195,8 +197,9 @@ def _is_text(value: Any) -> bool:
 def _moment(text: str) -> datetime.datetime:
     """:raises ValueError: `text` is no ISO 8601 time with its zone."""
     moment = datetime.datetime.fromisoformat(text)
-    if moment.tzinfo is None:
-        raise ValueError(f'{text!r} has no time zone')
+    # Python takes any character between date and time.
+    if moment.tzinfo is None or not text.isascii():
+        raise ValueError(f'{text!r} is no time with its zone')
     return moment
 
 
@@ -315,7 +318,7 @@ def apply(state: State, data: bytes) -> State:
 def _packs(rows: list[dict[str, Any]]) -> dict[str, int]:
     for row in rows:
         if not _DIGEST.fullmatch(row['digest']) or not (
-                isinstance(row['size'], int) and row['size'] > 0):
+                type(row['size']) is int and 0 < row['size'] < _SIZE_LIMIT):
             raise ValueError(f'pack {row!r}')
     return {row['digest']: row['size'] for row in rows}
 

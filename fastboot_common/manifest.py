@@ -128,8 +128,9 @@ class Manifest:
             boot=_boot_blocks(arrays['boot'], header, what),
             trace=traces.unpack(arrays['trace'].tobytes(),
                                 int(header['virtual_size'])),
-            os_hash=dict(header['os_hash']),
-            source=dict(header['source']), capture=dict(header['capture']),
+            os_hash=_members(header['os_hash']),
+            source=_members(header['source']),
+            capture=_members(header['capture']),
         )
         manifest._check(what)
         return manifest
@@ -168,6 +169,13 @@ def _integer(value: Any) -> int:
     # JSON's true, and numbers with a fraction, count as integers in Python.
     if type(value) is not int:
         raise ValueError(f'not an integer: {value!r}')
+    return value
+
+
+def _members(value: Any) -> dict[str, Any]:
+    # A list of pairs would do for dict(), with any keys.
+    if not isinstance(value, dict):
+        raise ValueError(f'not an object: {value!r}')
     return value
 
 

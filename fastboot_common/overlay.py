@@ -21,6 +21,8 @@ from fastboot_common import chain, exception, qcow2
 _HEADER: Final = struct.Struct('>IIQIIQ')
 #: What the specification allows (docs/interop/qcow2.txt).
 _BACKING_LIMIT: Final = 1023
+#: Bytes of the largest cluster; the string ends in the first one.
+_CLUSTER_LIMIT: Final = 2 << 20
 _DESCRIPTION_LIMIT: Final = 64 << 10
 _PREFIX: Final = 'json:'
 #: Behind the name that Nova gives an image's base: its stub.
@@ -67,9 +69,9 @@ def read_backing(path: pathlib.Path) -> tuple[str | None, int] | None:
                 return None
             if not offset:
                 return None, size
-            if length > _BACKING_LIMIT:
+            if length > _BACKING_LIMIT or offset > _CLUSTER_LIMIT:
                 raise exception.Corrupt(f'{path}: backing string of '
-                                        f'{length} bytes')
+                                        f'{length} bytes at {offset}')
             file.seek(offset)
             return file.read(length).decode(), size
     except FileNotFoundError as error:
@@ -138,8 +140,10 @@ def _image_id(directory: pathlib.Path, stub: pathlib.Path) -> str:
     # A stub of a complete image could tell, one of a lazy image cannot.
     try:
         names = os.listdir(directory / 'images')
-    except FileNotFoundError:
-        names = []
+    except (OSError, ValueError) as error:
+        # A stub may name what no file system can have.
+        raise exception.NotFound(
+            f'{directory} has no images for {stub}: {error}') from error
     for name in names:
         if stub.name.startswith(base_name(name)):
             return name

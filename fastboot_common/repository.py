@@ -316,6 +316,6 @@ def read_config(data: bytes) -> tuple[str, int]:
                 f'repository of version {config["version"]!r}')
         return (str(uuid.UUID(config['id'])),
                 blocks.validate_block_size(config['block_size']))
-    except (ValueError, KeyError, TypeError, AttributeError,
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError,
             exception.Invalid) as error:
         raise exception.Corrupt(f'config.json: {error}') from error

@@ -15,7 +15,7 @@ import stat
 from collections.abc import Sequence
 from typing import Any, Final
 
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ed25519
 
@@ -41,7 +41,7 @@ class Signer:
                 f'on this machine; chmod o= {path}')
         try:
             key = serialization.load_pem_private_key(data, None)
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, UnsupportedAlgorithm) as error:
             raise exception.ConfigError(f'{path}: {error}') from error
         if not isinstance(key, ed25519.Ed25519PrivateKey):
             raise exception.ConfigError(f'{path} is not an ed25519 key')
@@ -127,7 +127,7 @@ def _read(path: pathlib.Path) -> bytes:
 def _public(path: pathlib.Path) -> ed25519.Ed25519PublicKey:
     try:
         key = serialization.load_pem_public_key(_read(path))
-    except ValueError as error:
+    except (ValueError, UnsupportedAlgorithm) as error:
         raise exception.ConfigError(f'key {path}: {error}') from error
     if not isinstance(key, ed25519.Ed25519PublicKey):
         raise exception.ConfigError(f'{path} is not an ed25519 key')

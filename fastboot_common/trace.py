@@ -113,6 +113,9 @@ class LogReader:
                     f'{self._path}: no such time: {text!r}'
                 ) from error
             since = moment - datetime.datetime(1970, 1, 1)
+            if since < datetime.timedelta(0):
+                raise exception.Corrupt(
+                    f'{self._path}: no such time: {text!r}')
             self._seconds[text] = since // datetime.timedelta(microseconds=1)
         return self._seconds[text]
 
@@ -248,10 +251,9 @@ def _check(trace: Trace, virtual_size: int) -> None:
     lengths = trace['length'].astype(numpy.uint64)
     if ((lengths < 1) | (lengths > LONGEST)).any():
         raise exception.Corrupt('trace: a read of an impossible length')
-    # Two tests, because the sum of two hostile numbers may wrap.
+    # No sum: that of two hostile numbers may wrap.
     size = numpy.uint64(virtual_size)
-    if ((trace['offset'] > size) | (lengths > size)).any() or (
-            trace['offset'] + lengths > size).any():
+    if (lengths > size).any() or (trace['offset'] > size - lengths).any():
         raise exception.Corrupt('trace: a read behind the end of the image')
     boot, when = trace['boot'], trace['time']
     later = (boot[1:] > boot[:-1]) | (

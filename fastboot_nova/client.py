@@ -55,7 +55,7 @@ class Lease:
             return cls(link, pathlib.Path(raw['socket']), path('loop'),
                        int(raw.get('thawed', 0)),
                        float(raw.get('seconds', 0)))
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise exception.Unavailable(
                 f'the agent answers nonsense: {error!r}') from error
 

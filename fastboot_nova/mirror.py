@@ -174,7 +174,7 @@ class Mirror:
         """Whether the image's boot set is here, as far as is known."""
         try:
             return (self.path / 'ready' / image.image_id
-                    ).read_text() == image.manifest
+                    ).read_bytes() == image.manifest.encode()
         except FileNotFoundError:
             return False
 

@@ -117,7 +117,9 @@ def test_a_hanging_agent_is_left_in_time(path, how):
     b'', b'nonsense', answer(200, b'{'), answer(200, []),
     answer(200, {}), answer(200, {**LEASE, 'image': 'other'}),
     answer(200, {**LEASE, 'start': 'x'}), answer(200, b'[' * 99999),
-    answer(200, {**LEASE, 'volume': None})])
+    answer(200, {**LEASE, 'volume': None}),
+    answer(200, {**LEASE, 'size': float('inf')}),
+    answer(200, {**LEASE, 'thawed': float('inf')})])
 def test_nonsense(path, data):
     with agent(path, data):
         with pytest.raises(exception.Unavailable):

@@ -452,6 +452,20 @@ def test_names(plugin, slot, name):
     assert caught.value.errno == plugin.nbdkit.error == errno.ENOENT
 
 
+@pytest.mark.parametrize('text', [
+    b'', b'[' * 9000, b'[]', b'{"serial": 3}', b'\xff',
+    b'{"serial": 1e999, "virtual_size": 512}'])
+def test_descriptions_without_sense(plugin, tmp_path, text, monkeypatch):
+    made = Model(tmp_path)
+    made.close()
+    (made.path.parent / 'images' / IMAGE).write_bytes(text)
+    monkeypatch.setattr(plugin.Settings, 'root', str(tmp_path))
+    plugin.nbdkit.name = IMAGE
+    with pytest.raises(OSError) as caught:
+        plugin.open(True)
+    assert caught.value.errno == errno.ENOENT
+
+
 @hypothesis.settings(relaxed, max_examples=300)
 @hypothesis.given(st.binary(max_size=112), st.integers(0, 111))
 def test_hostile_headers(plugin, model, slot, garbage, at):

@@ -132,6 +132,8 @@ def changed(data, **members):
     {'checkpoint': -1}, {'image': None}, {'packs': None},
     {'packs': [{'digest': '../..', 'size': 1}]},
     {'packs': [{'digest': 'ab' * 32, 'size': 0}]},
+    {'packs': [{'digest': 'ab' * 32, 'size': True}]},
+    {'packs': [{'digest': 'ab' * 32, 'size': 1 << 63}]},
 ])
 def test_worthless_envelopes(members):
     data = changed(register(journal.State(), 'a'), **members)
@@ -150,6 +152,7 @@ def test_newer_formats(members):
     {'image_id': '../a'}, {'image_id': '.a'}, {'image_id': 'a/b'},
     {'image_id': ''}, {'image_id': 'a' * 65}, {'image_id': 5},
     {'name': None}, {'name': '\ud800'}, {'manifest': 'AB' * 32},
+    {'manifest_size': 1 << 63}, {'virtual_size': 1 << 63},
     {'manifest': 'ab'}, {'manifest_size': 0}, {'manifest_size': 1.5},
     {'virtual_size': -1}, {'virtual_size': True},
     {'virtual_size': float('inf')}, {'visibility': 'all'},
@@ -166,11 +169,12 @@ def test_worthless_images(members):
 
 
 @pytest.mark.parametrize('time', ['yesterday', 5, None,
-                                  '2026-01-02T03:04:05'])
+                                  '2026-01-02T03:04:05',
+                                  '2026-01-02\ud80003:04:05+00:00'])
 def test_a_time_without_sense(time):
     state = fold(history()[:2])
-    data = changed(journal.make(state, 'deregister', {'image_id': 'a'}),
-                   time=time)
+    data = json.dumps({**json.loads(journal.make(
+        state, 'deregister', {'image_id': 'a'})), 'time': time}).encode()
     with pytest.raises(exception.Corrupt):
         journal.apply(state, data)
 

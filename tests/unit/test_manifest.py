@@ -132,6 +132,15 @@ def test_worthless_members(place):
         assert value in ([], {}, [[]])
 
 
+@pytest.mark.parametrize('place', [of('os_hash'), of('source'),
+                                   of('capture')])
+@pytest.mark.parametrize('value', [[], [[None, 1], ['a', 2]]])
+def test_pairs_are_no_members(place, value):
+    """They could not be written again."""
+    with pytest.raises(exception.Corrupt):
+        unpack(rewritten(place(value)))
+
+
 def test_a_pack_listed_twice():
     def twice(header):
         header['packs'] *= 2

@@ -87,6 +87,10 @@ def test_whole_packs_and_without_the_source(tmp_path, repo, source, mirror):
     assert not mirror.ready(image)
     assert mirror.pull(image) > 0
     assert mirror.ready(image)
+    (mirror.path / 'ready' / 'image').write_bytes(b'\xff')
+    assert not mirror.ready(image)
+    assert not mirror.pull(image)
+    assert mirror.ready(image)
     assert len(local(mirror, 'packs')) == 1
     assert not local(mirror, 'partial')
     before = source.packs

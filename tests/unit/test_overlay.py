@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reading stubs and overlays: ours exactly, and nothing else."""
 
+import dataclasses
 import json
 import os
+import pathlib
 import struct
 
 import pytest
@@ -115,6 +117,24 @@ def test_other_backings_are_no_stubs(tmp_path, backing):
     assert overlay.read_stub(path) is None
     with pytest.raises(exception.NotFound):
         overlay.follow(path)
+
+
+@pytest.mark.parametrize('directory', [
+    '/a\0b', '/\ud800', '/' + 'x' * 300, '/dev/null'])
+def test_a_stub_that_names_no_directory(tmp_path, host, directory):
+    path = stub(tmp_path, dataclasses.replace(
+        host, volume=pathlib.Path(directory, 'volume')))
+    assert overlay.read_stub(path)
+    with pytest.raises(exception.NotFound):
+        overlay.follow(path)
+
+
+@pytest.mark.parametrize('offset', [3 << 20, 1 << 62, (1 << 64) - 1])
+def test_a_backing_string_that_is_far_away(tmp_path, offset):
+    path = tmp_path / 'file'
+    path.write_bytes(struct.pack('>IIQIIQ', 0x514649FB, 3, offset, 9, 16, 0))
+    with pytest.raises(exception.Corrupt):
+        overlay.read_backing(path)
 
 
 def test_files_that_are_not_there_or_no_qcow2(tmp_path):

@@ -79,6 +79,12 @@ def test_configurations_that_have_no_sense(repo, change, error):
         fresh(repo)
 
 
+def test_a_configuration_without_end(repo):
+    (repo.store._root / 'config.json').write_bytes(b'[' * 9000)
+    with pytest.raises(exception.Corrupt):
+        fresh(repo)
+
+
 def test_checkpoints(repo):
     for number in range(140):
         add(repo, f'image-{number}')

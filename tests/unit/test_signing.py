@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Signed repositories: what their servers cannot do."""
 
+import base64
 import hashlib
 import json
 
@@ -208,3 +209,26 @@ def test_keys_that_are_none(tmp_path, keys):
             signing.Signer(curve)
         with pytest.raises(exception.ConfigError):
             signing.Trust([curve])
+
+
+def pem_of(words, key, old, new):
+    data = key.replace(old, new)
+    assert data != key
+    return (b'-----BEGIN %b-----\n%b-----END %b-----\n' % (
+        words, base64.encodebytes(data), words))
+
+
+def test_keys_of_a_kind_that_nobody_knows(tmp_path):
+    key = ed25519.Ed25519PrivateKey.generate()
+    der, known, new = serialization.Encoding.DER, b'\x2bep', b'\x2be\x20'
+    path = tmp_path / 'key'
+    path.write_bytes(pem_of(b'PUBLIC KEY', key.public_key().public_bytes(
+        der, serialization.PublicFormat.SubjectPublicKeyInfo), known, new))
+    with pytest.raises(exception.ConfigError):
+        signing.Trust([path])
+    path.write_bytes(pem_of(b'PRIVATE KEY', key.private_bytes(
+        der, serialization.PrivateFormat.PKCS8,
+        serialization.NoEncryption()), known, new))
+    path.chmod(0o600)
+    with pytest.raises(exception.ConfigError):
+        signing.Signer(path)

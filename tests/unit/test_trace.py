@@ -74,6 +74,8 @@ def test_parse_log_passes_over_junk(tmp_path, junk):
     LINE.format(0, 0, 1, (1 << 63) - 1, 1),
     LINE.format(0, 0, 1, (1 << 64) - 1, 512),
     LINE.format(0, 0, 1, 0, 512).replace('-11-', '-13-'),
+    LINE.format(0, 0, 1, 0, 512).replace('2026', '1969'),
+    LINE.format(0, 0, 1, 0, 512).replace('2026', '0001'),
 ])
 def test_parse_log_impossible(tmp_path, line):
     (tmp_path / 'log').write_text(line)
@@ -149,6 +151,13 @@ def test_unpack_impossible(record):
     data = numpy.array([record], trace.DTYPE).tobytes()
     with pytest.raises(exception.Corrupt):
         trace.unpack(data, SIZE)
+
+
+def test_unpack_behind_the_largest_disk():
+    size = (1 << 64) - 1
+    data = numpy.array([(0, size - 4, 512, 0)], trace.DTYPE).tobytes()
+    with pytest.raises(exception.Corrupt):
+        trace.unpack(data, size)
 
 
 def test_unpack_to_the_last_byte():
