@@ -17,7 +17,6 @@ from xml.etree import ElementTree
 import pytest
 from agents import Agent, Line, call, needs_nbdkit, wait_for
 from images import World, compare, data_blocks, disk, fast_directory, verify
-from test_store_http import stop_hard
 
 from fastboot_common import chain
 
@@ -380,7 +379,7 @@ def test_one_of_two_servers_is_killed_while_it_hydrates(
     agent.await_state('large', 'ready')
     assert agent.call('prepare', image='large')[0] == 202
     wait_for(lambda: agent.image('large')['progress'] > .2)
-    stop_hard(servers[1])
+    servers[1].stop()
     # A guest's read does not wait for the one that is gone.
     begun = time.monotonic()
     assert agent.call('ensure', image='large', offset=8999 * 4096,
