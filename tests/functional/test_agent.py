@@ -528,7 +528,7 @@ def test_guests_that_need_the_export(agent, world):
     """Those that were started before their image was complete."""
     pytest.importorskip('libvirt')
     agent.start()
-    assert agent.status()['lazy_guests'] == []
+    wait_for(lambda: agent.status().get('lazy_guests') == [])
     agent.await_state(IMAGE, 'ready')
     stub = world.path / 'stub'
     guests = [running(0, stub, agent.acquire(IMAGE, stub)[1])]
@@ -545,14 +545,14 @@ def test_guests_that_need_the_export(agent, world):
     agent.configure(world.path / 'repo', agent={
         'libvirt_uri': f'test://{world.path}/guests'})
     agent.start()
-    wait_for(lambda: agent.status()['lazy_guests'])
+    wait_for(lambda: agent.status().get('lazy_guests'))
     assert agent.status()['lazy_guests'] == [f'{GUEST}0']
     # It was started again: the disk is as it was, its chain is another.
     (world.path / 'guests').write_text(
         f'<node>{running(0, stub, answer)}</node>')
     agent.stop()
     agent.start()
-    wait_for(lambda: agent.status()['lazy_guests'] == [])
+    wait_for(lambda: agent.status().get('lazy_guests') == [])
 
 
 def test_no_libvirt(agent, world):
