@@ -463,6 +463,8 @@ def test_a_full_disk(world):
             assert codes.count(200) >= 1 and 503 in codes, answers
             good = codes.index(200)
             agent.kill()
+            # Else another image may take the room that comes.
+            agent.configure(world.path / 'repo')
             agent.start()
             (mount / 'filler').unlink()
             for number in range(4):
