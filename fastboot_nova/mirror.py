@@ -339,8 +339,7 @@ class Mirror:
 
     def _is_local(self, frame: Frame) -> bool:
         try:
-            data = self._read_local(
-                frame.ref, *frame.extent)
+            data = self._read_local(frame.ref, *frame.extent)
         except exception.NotFound:
             return False
         return frame.index.intact(frame.number, data)
