@@ -35,6 +35,7 @@ class Request:
     :ivar image_format: what the uploader calls it; None: unknown.
     :ivar boot: whether to boot it; without, it has no boot set.
     :ivar origin: the service that it came from; None: a file.
+    :ivar largest: bytes that its disk may have.
     """
 
     path: pathlib.Path
@@ -45,6 +46,7 @@ class Request:
     image_format: str | None = None
     boot: bool = True
     origin: str | None = None
+    largest: int = source.LARGEST
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +102,7 @@ def prepare(request: Request, block_size: int, workdir: pathlib.Path,
     with source.open_source(request.path, workdir,
                             claimed_format=request.image_format,
                             user=options.user, hashes=('sha512',),
-                            cancel=cancel) as image:
+                            cancel=cancel, largest=request.largest) as image:
         captured = _capture(request, image, workdir, options, progress,
                             cancel, keeper)
         if cancel and cancel.is_set():

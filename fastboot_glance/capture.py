@@ -9,6 +9,7 @@ result like any other, not an error.
 import concurrent.futures
 import contextlib
 import dataclasses
+import os
 import pathlib
 import tempfile
 import threading
@@ -329,7 +330,7 @@ class _Watch:
 def _disk_usage(directory: pathlib.Path) -> int:
     """Bytes on disk of the files in a directory, which may come and go."""
     total = 0
-    for path in directory.iterdir():
-        with contextlib.suppress(OSError):
-            total += path.lstat().st_blocks * 512
+    with contextlib.suppress(OSError), os.scandir(directory) as entries:
+        for entry in entries:
+            total += entry.stat(follow_symlinks=False).st_blocks * 512
     return total

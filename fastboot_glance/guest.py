@@ -133,11 +133,15 @@ def _namespaces(root: bool) -> Sequence[str]:
     """
     spaces = ['--net', '--pid', '--ipc', '--uts', '--fork', '--kill-child']
     user = () if root else ('--map-current-user',)
-    command = ['unshare', *user, *spaces, '--']
-    done = subprocess.run([*command, 'true'], capture_output=True,
-                          check=False, timeout=30)
-    if done.returncode == 0:
-        return command
+    # Through the host's /proc others of the same account are in reach: their
+    # directories, and so the images that they boot. Containers may forbid
+    # one of our own.
+    for proc in (['--mount-proc'], []):
+        command = ['unshare', *user, *spaces, *proc, '--']
+        done = subprocess.run([*command, 'true'], capture_output=True,
+                              check=False, timeout=30)
+        if done.returncode == 0:
+            return command
     LOG.warning('This host permits no namespaces; uploaded images run with '
                 'limits only, and without DHCP: %s',
                 done.stderr.decode(errors='replace'))

@@ -119,7 +119,8 @@ def _known_features(inspector: Any) -> bool:
 def open_source(path: pathlib.Path, workdir: pathlib.Path, *,
                 claimed_format: str | None = None, user: str = 'nobody',
                 hashes: Sequence[str] = (), timeout: float = 3600,
-                cancel: threading.Event | None = None) -> Iterator[Source]:
+                cancel: threading.Event | None = None,
+                largest: int = LARGEST) -> Iterator[Source]:
     """An uploaded image as raw bytes.
 
     :param path: the image; it is only read.
@@ -129,6 +130,7 @@ def open_source(path: pathlib.Path, workdir: pathlib.Path, *,
     :param hashes: digests of the file to compute, such as ``sha512``.
     :param timeout: seconds for the conversion.
     :param cancel: when set, the conversion is given up.
+    :param largest: bytes that the disk may have, whoever said what it has.
     :raises ImageRejected: the image may not be used, or is damaged.
     :raises NoSpace: no room for the raw copy.
     :raises Busy: cancelled.
@@ -141,14 +143,14 @@ def open_source(path: pathlib.Path, workdir: pathlib.Path, *,
     os_hash = {name: _digest(path, name) for name in hashes}
     if image_format == 'raw':
         size = -(-status.st_size // 512) * 512
-        _check_size(size, path.name)
+        _check_size(size, path.name, largest)
         yield Source(path, size, 'raw', status.st_size, os_hash)
         return
     with tempfile.TemporaryDirectory(dir=workdir, prefix='source-') as name:
         room = pathlib.Path(name)
         copy = _Copy(path, image_format, room, guest.Sandbox(user))
         with copy.serve():
-            size = copy.examine()
+            size = copy.examine(largest)
             copy.convert(size, timeout, cancel or threading.Event())
         yield Source(copy.take(size), size, image_format, status.st_size,
                      os_hash)
@@ -159,10 +161,10 @@ def _digest(path: pathlib.Path, algorithm: str) -> str:
         return hashlib.file_digest(image, algorithm).hexdigest()
 
 
-def _check_size(size: int, name: str) -> None:
-    if not 0 < size <= LARGEST:
+def _check_size(size: int, name: str, largest: int) -> None:
+    if not 0 < size <= largest:
         raise exception.ImageRejected(
-            f'{name}: a disk of {size} bytes; at most {LARGEST} are allowed')
+            f'{name}: a disk of {size} bytes; at most {largest} are allowed')
 
 
 class _Copy:
@@ -194,7 +196,7 @@ class _Copy:
             self._sandbox.own(self._guest)
             yield
 
-    def examine(self) -> int:
+    def examine(self, largest: int) -> int:
         """The disk's size in bytes, if QEMU too finds the image sound.
 
         :raises ImageRejected: it does not.
@@ -216,7 +218,7 @@ class _Copy:
             raise self._rejected('this kind of vmdk is not used')
         self._check()
         size = int(found['virtual-size'])
-        _check_size(size, self._path.name)
+        _check_size(size, self._path.name, largest)
         return size
 
     def _check(self) -> None:

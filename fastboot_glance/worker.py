@@ -26,6 +26,7 @@ from fastboot_glance import (
     jobs,
     logbooks,
     registry,
+    source,
     staging,
 )
 from fastboot_glance.flows import build as build_flow
@@ -264,10 +265,16 @@ class _Case:
                 image=image, force=self._claim.job.force, stage=stage,
                 cancel=self._claim.cancel, glance=tools.glance,
                 registry=self._registry, publisher=tools.publisher,
-                options=options, report=build_flow.Report(
+                options=options, largest=self._largest(),
+                report=build_flow.Report(
                     note, options.boots, options.timeout))
             build_flow.run(work, book, tools.books)
             stage.discard()
+
+    def _largest(self) -> int:
+        """Bytes of a disk; Glance may not know how many an image has."""
+        limit: int = self._tools.conf.eligibility.max_size << 30
+        return min(limit or source.LARGEST, source.LARGEST)
 
     def _failed(self, image: images.Image, book: logbooks.Logbook,
                 words: str) -> float | None:

@@ -86,6 +86,7 @@ class Work:
 
     :ivar force: make a new trace even if the image is registered.
     :ivar options: the group ``[capture]``.
+    :ivar largest: bytes that the image's disk may have.
     """
 
     image: images.Image
@@ -96,6 +97,7 @@ class Work:
     registry: registry.Registry
     publisher: publish.Publisher
     options: Any
+    largest: int
     report: Report
 
     @property
@@ -104,7 +106,8 @@ class Work:
         image = self.image
         return build.Request(
             self.stage.image, image.image_id, image.name, image.visibility,
-            image.owner, image.disk_format or None, origin=registry.ORIGIN)
+            image.owner, image.disk_format or None, origin=registry.ORIGIN,
+            largest=self.largest)
 
     def fetch(self) -> None:
         """Have the image's file here."""

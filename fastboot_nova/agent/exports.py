@@ -131,9 +131,9 @@ class Keeper:
     def _start(self) -> None:
         nbdkit.version()
         sockets.vacate(self.path)
-        # nbdkit has an umask of its own.
-        self.pid_file.unlink(missing_ok=True)
+        # nbdkit has an umask of its own, and keeps the mode of what is there.
         files.touch(self.pid_file)
+        self.pid_file.chmod(0o640)
         try:
             done = subprocess.run(
                 self.command, stdin=subprocess.DEVNULL, capture_output=True,

@@ -134,8 +134,9 @@ class Agent:
                         and self.image(image_id))
 
     def pids(self):
-        return {path.stem: int(path.read_text()) for path
+        said = {path.stem: path.read_text() for path
                 in (self.state / 'run').glob('*.pid')}
+        return {name: int(pid) for name, pid in said.items() if pid}
 
     def kill(self):
         self.process.kill()

@@ -78,8 +78,11 @@ def test_upload_becomes_ready(centre, tmp_path):
 
 def test_each_image_gets_its_end(centre, tmp_path):
     """Built, not built, hostile: users see which and why."""
-    centre.start(capture={'timeout': 10})
+    centre.start(capture={'timeout': 10}, eligibility={'max_size': 1})
     disk = centre_stack.bootable(tmp_path / 'disk')
+    huge = tmp_path / 'huge'
+    subprocess.run(['qemu-img', 'create', '-q', '-f', 'qcow2', huge, '2G'],
+                   check=True, timeout=60)
     qcow2 = tmp_path / 'qcow2'
     subprocess.run(['qemu-img', 'convert', '-O', 'qcow2', disk, qcow2],
                    check=True, timeout=60)
@@ -97,6 +100,8 @@ def test_each_image_gets_its_end(centre, tmp_path):
         'lies': glance.smuggle('lies', qcow2, disk_format='vmdk'),
         'backed': glance.smuggle('backed', backed, disk_format='qcow2'),
         'cut': glance.smuggle('cut', cut, disk_format='qcow2'),
+        # Glance does not know how large it is.
+        'huge': glance.smuggle('huge', huge, disk_format='qcow2'),
         'off': glance.make('off', disk, fastboot='off'),
         'typo': glance.make('typo', disk, fastboot='on'),
         'kernel': glance.make('kernel', disk, kernel_id='x'),
@@ -108,12 +113,13 @@ def test_each_image_gets_its_end(centre, tmp_path):
         for name, image_id in made.items()}
     assert {name: one.state for name, one in states.items()} == {
         'qcow2': 'ready', 'lies': 'error', 'backed': 'error', 'cut': 'error',
-        'off': 'off', 'typo': 'skipped', 'kernel': 'skipped',
+        'huge': 'error', 'off': 'off', 'typo': 'skipped', 'kernel': 'skipped',
         'iso': 'skipped', 'silent': 'ready'}
     words = {
         'lies': 'said to be vmdk, but is qcow2', 'backed': 'backing',
-        'cut': 'end of the file', 'typo': 'fastboot=on', 'kernel': 'kernel',
-        'iso': 'iso', 'silent': 'no boot set'}
+        'cut': 'end of the file', 'huge': 'at most 1073741824',
+        'typo': 'fastboot=on', 'kernel': 'kernel', 'iso': 'iso',
+        'silent': 'no boot set'}
     for name, word in words.items():
         shown = glance.show(made[name])
         assert word in shown['fastboot_error'], name

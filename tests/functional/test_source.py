@@ -417,6 +417,14 @@ def test_vmdk_that_names_a_file_of_the_host(
     refuse(image, work, None, 'vmdk')
 
 
+@pytest.mark.parametrize('image_format', ['raw', 'qcow2', 'vmdk'])
+def test_larger_than_this_site_allows(tmp_path, content, work, image_format):
+    image = make(tmp_path, content, image_format)
+    with pytest.raises(exception.ImageRejected, match='at most 1048576'):
+        with source.open_source(image, work, largest=1 << 20):
+            pass
+
+
 def edit_descriptor(image, old, new):
     data = image.read_bytes()
     assert old in data[512:20 * 512]
