@@ -60,3 +60,15 @@ def test_a_damaged_file_is_not_kept_open(tmp_path):
     assert str(path) not in [
         os.path.realpath(link) for link in
         pathlib.Path('/proc/self/fd').iterdir()]
+
+
+def test_damaged_names(tmp_path):
+    """SQLite's own error is no text then."""
+    path = tmp_path / 'index.sqlite'
+    blockindex.BlockIndex(path).close()
+    data = path.read_bytes()
+    assert data.count(b'CREATE TABLE meta') == 1
+    path.write_bytes(data.replace(b'CREATE TABLE meta',
+                                  b'CREATE TAB\xec\xec meta'))
+    with pytest.raises(sqlite3.DatabaseError):
+        blockindex.BlockIndex(path)
