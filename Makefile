@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # "make demo" and "make test" need nothing but a fresh Debian 12.
 .PHONY: help prepare sandbox sandbox-down demo demo-standalone test test-all \
-	test-cloud tempest faults lint docs bench clean
+	test-cloud tempest faults fuzz lint docs bench clean
 
 STATE ?= $(CURDIR)/.state
 SANDBOX = tools/sandbox --state-dir $(STATE)/sandbox
@@ -22,6 +22,8 @@ help:
 	@echo 'make tempest          Tempest, with Nova'\''s driver and with ours'
 	@echo 'make faults           break everything around guests that prove'
 	@echo '                      their disks [FAULTS=500] [SEED=1]'
+	@echo 'make fuzz             give all parsers of outside bytes any bytes'
+	@echo '                      [FUZZ_SECONDS=600] [TARGETS="pack manifest"]'
 	@echo 'make bench            benchmarks; results in bench/results'
 	@echo 'make docs             documentation in doc/build/html'
 	@echo 'make clean            remove what all that left in .state'
@@ -84,6 +86,13 @@ faults:
 	$(CLOUD_PYTHON) tests/faults/harness.py --state-dir $(STATE)/sandbox \
 		--faults $(FAULTS) --seed $(SEED)
 	@$(SANDBOX) down
+
+FUZZ_SECONDS ?= 600
+
+fuzz:
+	@tools/prepare
+	/usr/bin/python3 tests/fuzz/run.py --state-dir $(STATE) \
+		--seconds $(FUZZ_SECONDS) $(TARGETS)
 
 ifneq (,$(filter openstack operations,$(SUITE)))
 bench:

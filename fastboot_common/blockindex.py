@@ -27,6 +27,21 @@ class BlockIndex:
         """
         files.touch(path)
         self._db = sqlite3.connect(path, check_same_thread=False, timeout=60)
+        # There is no text. What damage made one need not be UTF-8.
+        self._db.text_factory = bytes
+        try:
+            self._prepare()
+        except UnicodeDecodeError as error:
+            self._db.close()
+            # SQLite's words quote the damage.
+            raise sqlite3.DatabaseError('damaged names') from error
+        except BaseException:
+            # Nobody else closes it, and it may hold a lock on the file.
+            self._db.close()
+            raise
+        path.chmod(0o640)
+
+    def _prepare(self) -> None:
         # FULL: an index that forgot a commit would give clusters out twice.
         self._db.executescript(
             'PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL; '
@@ -34,7 +49,6 @@ class BlockIndex:
             'CREATE TABLE IF NOT EXISTS blocks (digest BLOB PRIMARY KEY, '
             'offset INTEGER NOT NULL) WITHOUT ROWID;'
             'CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value);')
-        path.chmod(0o640)
 
     def close(self) -> None:
         """Close the file."""
@@ -82,11 +96,14 @@ class BlockIndex:
                 "INSERT OR REPLACE INTO meta VALUES ('end', ?)", (end,))
 
     def keep(self, used: npt.NDArray[np.int64]) -> None:
-        """Forget all clusters but those at `used` (sorted), durably."""
+        """Forget all clusters but those at `used` (sorted), durably.
+
+        :raises sqlite3.DatabaseError: it has other things than clusters.
+        """
         gone = []
         for digest, offset in self._db.execute(
                 'SELECT digest, offset FROM blocks'):
-            at = int(np.searchsorted(used, offset))
+            at = int(np.searchsorted(used, _offset(offset)))
             if at == len(used) or used[at] != offset:
                 gone.append((digest,))
         with self._db:

@@ -688,12 +688,8 @@ class Volume:
             raise exception.NoSpace(
                 f'{self.path}/index.sqlite: {error}') from error
         except sqlite3.DatabaseError as error:
-            LOG.warning('%s/index.sqlite is damaged (%s): rebuilding it',
-                        self.path, error)
             self._index.close()
-            self._remove_index()
-            self._index = blockindex.BlockIndex(self.path / 'index.sqlite')
-            self._rebuild()
+            self._renew_index(error)
             raise exception.Unavailable(
                 f'{self.path}/index.sqlite was damaged and is made anew: '
                 f'repeat') from error
@@ -716,22 +712,33 @@ class Volume:
         self._limit = self.size
         try:
             self._index = blockindex.BlockIndex(path)
-            end = self._index.end
-            busy = self._index.busy
         except sqlite3.DatabaseError as error:
-            LOG.warning('%s is damaged (%s): rebuilding it', path, error)
-            self._remove_index()
-            self._index = blockindex.BlockIndex(path)
-            end = None
+            self._renew_index(error)
+            return
+        try:
+            self._resume()
+        except sqlite3.DatabaseError as error:
+            self._index.close()
+            self._renew_index(error)
+
+    def _resume(self) -> None:
+        """Go on where the index says that the volume was left."""
+        end = self._index.end
         if end is None:
             self._rebuild()
-        elif busy:
+            return
+        self._end = self._cursor = end
+        if self._index.busy:
             LOG.info('%s: recovering from an interrupted operation',
                      self.path)
-            self._end = self._cursor = end
             self._recover()
-        else:
-            self._end = self._cursor = end
+
+    def _renew_index(self, error: Exception) -> None:
+        LOG.warning('%s/index.sqlite is damaged (%s): rebuilding it',
+                    self.path, error)
+        self._remove_index()
+        self._index = blockindex.BlockIndex(self.path / 'index.sqlite')
+        self._rebuild()
 
     def _remove_index(self) -> None:
         for suffix in ('', '-wal', '-shm'):

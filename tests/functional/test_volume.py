@@ -278,7 +278,15 @@ def pages(path):
     file.write_bytes(data)
 
 
-@pytest.mark.parametrize('harm', [lost, garbage, cut, pages],
+def words(path):
+    """Damage in an index that is to be recovered."""
+    with contextlib.closing(sqlite3.connect(path / 'index.sqlite')) as db:
+        with db:
+            db.execute("UPDATE blocks SET offset = 'x'")
+            db.execute("INSERT OR REPLACE INTO meta VALUES ('busy', 1)")
+
+
+@pytest.mark.parametrize('harm', [lost, garbage, cut, pages, words],
                          ids=lambda harm: harm.__name__)
 def test_the_index_is_rebuilt(world, harm):
     data = disk(600 * 4096, 1)

@@ -2,8 +2,11 @@
 """The index of a volume's blocks: what SQLite keeps, and we do not take."""
 
 import contextlib
+import os
+import pathlib
 import sqlite3
 
+import numpy as np
 import pytest
 
 from fastboot_common import blockindex
@@ -33,8 +36,39 @@ def test_an_end_that_is_no_offset(index, value):
         assert index.end
 
 
-@pytest.mark.parametrize('value', ['x', b'4', 1.5, -4096])
+@pytest.mark.parametrize('value', [
+    "'x'", "x'34'", '1.5', '-4096', "CAST(x'ff' AS TEXT)"])
 def test_a_place_that_is_no_offset(index, value):
-    index._db.execute('UPDATE blocks SET offset = ?', (value,))
+    with index._db:
+        index._db.execute(f'UPDATE blocks SET offset = {value}')
+    for use in (lambda: index.find([DIGEST]),
+                lambda: index.keep(np.array([4096]))):
+        with pytest.raises(sqlite3.DatabaseError,
+                           match='not an offset') as caught:
+            use()
+        assert not isinstance(caught.value, sqlite3.OperationalError)
+
+
+def test_a_damaged_file_is_not_kept_open(tmp_path):
+    path = tmp_path / 'index.sqlite'
+    blockindex.BlockIndex(path).close()
+    data = bytearray(path.read_bytes())
+    data[100:] = b'\xa5' * (len(data) - 100)
+    path.write_bytes(data)
     with pytest.raises(sqlite3.DatabaseError):
-        index.find([DIGEST])
+        blockindex.BlockIndex(path)
+    assert str(path) not in [
+        os.path.realpath(link) for link in
+        pathlib.Path('/proc/self/fd').iterdir()]
+
+
+def test_damaged_names(tmp_path):
+    """SQLite's own error is no text then."""
+    path = tmp_path / 'index.sqlite'
+    blockindex.BlockIndex(path).close()
+    data = path.read_bytes()
+    assert data.count(b'CREATE TABLE meta') == 1
+    path.write_bytes(data.replace(b'CREATE TABLE meta',
+                                  b'CREATE TAB\xec\xec meta'))
+    with pytest.raises(sqlite3.DatabaseError):
+        blockindex.BlockIndex(path)

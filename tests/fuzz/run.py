@@ -1,0 +1,217 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+"""Coverage-guided fuzzing of what reads bytes of others.
+
+Each target gets its seconds of CPU, one after another. Inputs that found
+something new are kept in the state directory; "--keep" brings the few that
+reach most into tests/fuzz/corpus, which the unit tests replay. Run by
+"make fuzz"; status 1 if a target was broken.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import re
+import resource
+import shutil
+import subprocess
+import sys
+import time
+
+HERE = pathlib.Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+ATHERIS = 'atheris==3.0.0'
+RESULT = ROOT / 'bench' / 'results' / 'fuzz.json'
+#: Of one input: seconds, and MiB that the whole process may take.
+TIMEOUT = 10
+MEMORY = 1024
+#: Of what is committed of one target: files, and bytes of all.
+KEPT_FILES = 60
+KEPT_BYTES = 12 << 10
+
+
+@dataclasses.dataclass
+class Row:
+    """What was done to a target, and what came of it.
+
+    :ivar executions: inputs that were tried.
+    :ivar cpu_seconds: of user and system together.
+    :ivar peak_mib: of resident memory.
+    :ivar edges: of our code that some input reached.
+    :ivar crashes: files of inputs that broke it.
+    """
+
+    target: str
+    executions: int = 0
+    cpu_seconds: float = 0.0
+    peak_mib: int = 0
+    edges: int = 0
+    crashes: int = 0
+
+    def add(self, words: str, usage: resource.struct_rusage) -> None:
+        """Count one run of libFuzzer by what it printed."""
+        self.executions += number(r'stat::number_of_executed_units: +', words)
+        self.peak_mib = max(self.peak_mib, usage.ru_maxrss >> 10)
+        self.edges = max(self.edges, number(r'cov: ', words))
+        self.cpu_seconds += usage.ru_utime + usage.ru_stime
+
+
+def number(before: str, words: str) -> int:
+    """The last number behind what a pattern matches; 0: there is none."""
+    found = re.findall(before + r'(\d+)', words)
+    return int(found[-1]) if found else 0
+
+
+class Fuzzer:
+    """The virtual environment, and the runs in it."""
+
+    def __init__(self, state: pathlib.Path) -> None:
+        self.home = state / 'fuzz'
+        self.python = self.home / 'venv' / 'bin' / 'python'
+
+    def install(self) -> None:
+        """Make the virtual environment, unless it is there."""
+        requirements = ROOT / 'requirements.txt'
+        version = hashlib.sha256(
+            ATHERIS.encode() + requirements.read_bytes()).hexdigest()
+        stamp = self.home / 'installed'
+        if stamp.exists() and stamp.read_text() == version:
+            return
+        print(f'installing {ATHERIS} and what fastboot needs', flush=True)
+        self.home.mkdir(parents=True, exist_ok=True)
+        subprocess.run(['/usr/bin/python3', '-m', 'venv',
+                        self.home / 'venv'], check=True)
+        subprocess.run([self.python, '-m', 'pip', 'install', '-q', ATHERIS,
+                        '-r', requirements], check=True)
+        stamp.write_text(version)
+
+    def names(self) -> list[str]:
+        """The targets there are."""
+        code = 'import targets\nprint(*(one.name for one in targets.every()))'
+        return subprocess.run(
+            [self.python, '-W', 'ignore', '-c', code], cwd=HERE, check=True,
+            capture_output=True, text=True).stdout.split()
+
+    def fuzz(self, name: str, seconds: float) -> Row:
+        """Try inputs until they took so many seconds of CPU, or one broke
+        the target."""
+        row = Row(name)
+        found = self.corpus(name)
+        broken = self.home / 'crashes' / name
+        broken.mkdir(parents=True, exist_ok=True)
+        before = set(broken.iterdir())
+        status = self._loop(
+            row, f'--seconds={seconds}', f'--seeds={found}',
+            f'-artifact_prefix={broken}/', '-print_final_stats=1',
+            str(found), str(HERE / 'corpus' / name))
+        row.crashes = len(set(broken.iterdir()) - before)
+        if status and not row.crashes:
+            raise SystemExit(f'{name}: the fuzzer ended with {status}; '
+                             f'see {self._log(name)}')
+        return row
+
+    def corpus(self, name: str) -> pathlib.Path:
+        """All inputs that reached something new, and the seeds."""
+        found = self.home / 'corpus' / name
+        found.mkdir(parents=True, exist_ok=True)
+        (HERE / 'corpus' / name).mkdir(parents=True, exist_ok=True)
+        return found
+
+    def _log(self, name: str) -> pathlib.Path:
+        return self.home / f'{name}.log'
+
+    def _loop(self, row: Row, *words: str) -> int:
+        """Run libFuzzer once, and count it; its exit status."""
+        with self._log(row.target).open('w') as log:
+            process = subprocess.Popen(
+                [self.python, '-W', 'ignore', HERE / 'loop.py', row.target,
+                 f'-timeout={TIMEOUT}', f'-rss_limit_mb={MEMORY}',
+                 f'-dict={HERE}/words', *words],
+                stdout=log, stderr=log)
+            _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        row.add(self._log(row.target).read_text(errors='replace'), usage)
+        return process.returncode
+
+    def keep(self, name: str) -> None:
+        """Make tests/fuzz/corpus of the smallest inputs that reach most.
+
+        One for each edge is enough there, however often it is taken.
+        """
+        kept = HERE / 'corpus' / name
+        merged = self.home / 'merged' / name
+        shutil.rmtree(merged, ignore_errors=True)
+        merged.mkdir(parents=True)
+        found = self.corpus(name)
+        self._loop(Row(name), '-merge=1', '-use_counters=0', str(merged),
+                   str(kept), str(found))
+        shutil.rmtree(kept)
+        kept.mkdir()
+        size = 0
+        for path in sorted(merged.iterdir(), key=lambda one: (
+                one.stat().st_size, one.name))[:KEPT_FILES]:
+            size += path.stat().st_size
+            if size > KEPT_BYTES:
+                break
+            shutil.copyfile(path, kept / path.name[:16])
+
+
+def show(rows: list[Row]) -> None:
+    """A table for people."""
+    print(f'\n{"target":14} {"executions":>11} {"CPU s":>7} {"MiB":>5} '
+          f'{"edges":>6} {"crashes":>7}')
+    for row in rows:
+        print(f'{row.target:14} {row.executions:11} {row.cpu_seconds:7.0f} '
+              f'{row.peak_mib:5} {row.edges:6} {row.crashes:7}', flush=True)
+
+
+def save(rows: list[Row]) -> None:
+    """Replace the rows of these targets in bench/results/fuzz.json."""
+    known = {}
+    if RESULT.exists():
+        known = {row['target']: row
+                 for row in json.loads(RESULT.read_text())['targets']}
+    known |= {row.target: dataclasses.asdict(row) | {
+        'cpu_seconds': round(row.cpu_seconds)} for row in rows}
+    lines = ',\n'.join(json.dumps(known[name]) for name in sorted(known))
+    RESULT.write_text(
+        f'{{"fuzzer": "{ATHERIS}", "python": "{sys.version.split()[0]}", '
+        f'"at": "{time.strftime("%Y-%m-%d", time.gmtime())}", "targets": [\n'
+        f'{lines}\n]}}\n')
+
+
+def main() -> int:
+    """Status 1 if something was broken."""
+    parser = argparse.ArgumentParser(prog='fuzz', description=__doc__)
+    parser.add_argument('--state-dir', type=pathlib.Path,
+                        default=ROOT / '.state')
+    parser.add_argument('--seconds', type=float, default=600,
+                        help='of CPU for each target; default: %(default)s')
+    parser.add_argument('--keep', action='store_true',
+                        help='put the best inputs into tests/fuzz/corpus')
+    parser.add_argument('targets', nargs='*', metavar='target',
+                        help='default: all')
+    args = parser.parse_args()
+    fuzzer = Fuzzer(args.state_dir.absolute())
+    fuzzer.install()
+    rows: list[Row] = []
+    for name in args.targets or fuzzer.names():
+        if args.seconds:
+            rows.append(fuzzer.fuzz(name, args.seconds))
+            show(rows[-1:])
+            save(rows)
+        if args.keep:
+            fuzzer.keep(name)
+    show(rows)
+    for row in rows:
+        if row.crashes:
+            print(f'{row.target}: see {fuzzer.home}/crashes/{row.target} and '
+                  f'{fuzzer.home}/{row.target}.log')
+    return int(any(row.crashes for row in rows))
+
+
+if __name__ == '__main__':
+    sys.exit(main())
