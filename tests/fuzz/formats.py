@@ -68,14 +68,14 @@ class Store:
     def __init__(self):
         self.objects = {'config.json': encode(CONFIG)}
 
-    def get(self, name, limit=64 << 20):
+    def get(self, name, limit=64 << 20, check=None):
         store.validate_name(name)
         if name not in self.objects:
             raise exception.NotFound(name)
         data = self.objects[name]
         if len(data) > limit:
             raise exception.Corrupt(name)
-        return data
+        return store.proven(data, check)
 
 
 def follow(data):
