@@ -31,10 +31,10 @@ class BlockIndex:
         self._db.text_factory = bytes
         try:
             self._prepare()
-        except UnicodeDecodeError as error:
+        except (UnicodeDecodeError, MemoryError) as error:
             self._db.close()
-            # SQLite's words quote the damage.
-            raise sqlite3.DatabaseError('damaged names') from error
+            # SQLite's words quote the damage, or it believes a length.
+            raise sqlite3.DatabaseError(f'damaged: {error!r}') from error
         except BaseException:
             # Nobody else closes it, and it may hold a lock on the file.
             self._db.close()

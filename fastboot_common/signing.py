@@ -15,7 +15,11 @@ import stat
 from collections.abc import Sequence
 from typing import Any, Final
 
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.exceptions import (
+    InternalError,
+    InvalidSignature,
+    UnsupportedAlgorithm,
+)
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ed25519
 
@@ -24,6 +28,8 @@ from fastboot_common import exception, journal
 #: Before what is signed, so that no other signature of the key fits.
 _PURPOSE: Final = b'fastboot-journal\n'
 _KEY_LIMIT: Final = 64 << 10
+#: What cryptography says of what is no key that it knows.
+_NO_KEY: Final = (ValueError, TypeError, UnsupportedAlgorithm, InternalError)
 
 
 class Signer:
@@ -41,7 +47,7 @@ class Signer:
                 f'on this machine; chmod o= {path}')
         try:
             key = serialization.load_pem_private_key(data, None)
-        except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+        except _NO_KEY as error:
             raise exception.ConfigError(f'{path}: {error}') from error
         if not isinstance(key, ed25519.Ed25519PrivateKey):
             raise exception.ConfigError(f'{path} is not an ed25519 key')
@@ -127,7 +133,7 @@ def _read(path: pathlib.Path) -> bytes:
 def _public(path: pathlib.Path) -> ed25519.Ed25519PublicKey:
     try:
         key = serialization.load_pem_public_key(_read(path))
-    except (ValueError, UnsupportedAlgorithm) as error:
+    except _NO_KEY as error:
         raise exception.ConfigError(f'key {path}: {error}') from error
     if not isinstance(key, ed25519.Ed25519PublicKey):
         raise exception.ConfigError(f'{path} is not an ed25519 key')

@@ -9,6 +9,7 @@ import argparse
 import logging
 import os
 import pathlib
+import shlex
 import signal
 import sys
 
@@ -51,8 +52,9 @@ def main() -> None:
         if args.seeds:
             (args.seeds / f'seed-{number}').write_bytes(data)
     targets.confine()
-    atheris.Setup([sys.argv[0], f'-max_len={target.longest}', *others],
-                  target)
+    # To merge, it starts itself again by this name, through a shell.
+    itself = shlex.join([sys.executable, __file__, args.target])
+    atheris.Setup([itself, f'-max_len={target.longest}', *others], target)
     if args.seconds:
         stop_after(args.seconds)
     atheris.Fuzz()

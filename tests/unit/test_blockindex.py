@@ -72,3 +72,19 @@ def test_damaged_names(tmp_path):
                                   b'CREATE TAB\xec\xec meta'))
     with pytest.raises(sqlite3.DatabaseError):
         blockindex.BlockIndex(path)
+
+
+def test_a_damaged_length(tmp_path):
+    """Python says that there is no memory; there is."""
+    path = tmp_path / 'index.sqlite'
+    made = blockindex.BlockIndex(path)
+    made._db.executescript(
+        'PRAGMA journal_mode=DELETE; PRAGMA page_size=512; VACUUM')
+    made.close()
+    data = bytearray(path.read_bytes())
+    row = data.index(b'tablemetameta')
+    data[row - 9:row] = b'\xff' * 9
+    path.write_bytes(data)
+    with pytest.raises(sqlite3.DatabaseError) as caught:
+        blockindex.BlockIndex(path)
+    assert isinstance(caught.value.__cause__, MemoryError)

@@ -232,3 +232,9 @@ def test_keys_of_a_kind_that_nobody_knows(tmp_path):
     path.chmod(0o600)
     with pytest.raises(exception.ConfigError):
         signing.Signer(path)
+    # Said to be of another kind (X448), and too short for that.
+    path.write_bytes(pem_of(b'PRIVATE KEY', key.private_bytes(
+        der, serialization.PrivateFormat.PKCS8,
+        serialization.NoEncryption()), known, b'\x2beo'))
+    with pytest.raises(exception.ConfigError):
+        signing.Signer(path)
