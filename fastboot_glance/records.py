@@ -38,6 +38,11 @@ BUILD_STATES: Final = (
 IMAGES_LIMIT: Final = 64 << 20
 #: Names that hostile reports can make up at most.
 HOSTS_LIMIT: Final = 20_000
+#: Observations that wait, of an image and of all; each up to 1 MiB.
+IMAGE_OBSERVATIONS: Final = 16
+ALL_OBSERVATIONS: Final = 1000
+#: Seconds that one waits for others.
+_WAIT: Final = 7 * 86400.0
 
 _P = ParamSpec('_P')
 _R = TypeVar('_R')
@@ -100,6 +105,20 @@ class Host:
     free_bytes: int
     images: dict[str, HostImage]
     lazy_guests: list[str] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Observation:
+    """What guests of a host read of an image in their first minutes.
+
+    :ivar at: when it came (seconds, Unix time).
+    :ivar reads: see :mod:`fastboot_common.observation`.
+    """
+
+    host: str
+    serial: int
+    at: float
+    reads: str
 
 
 def _guarded(
@@ -234,8 +253,9 @@ class Records:
     def forget_build(self, image_id: str) -> None:
         """Drop what is known of an image; nothing known is no error."""
         with self._engine.begin() as connection:
-            connection.execute(sa.delete(tables.BUILDS).where(
-                tables.BUILDS.c.image_id == image_id))
+            for table in (tables.BUILDS, tables.OBSERVATIONS):
+                connection.execute(sa.delete(table).where(
+                    table.c.image_id == image_id))
 
     @_guarded
     def note_host(self, report: dict[str, Any]) -> bool:
@@ -313,6 +333,54 @@ class Records:
         with self._engine.begin() as connection:
             return bool(connection.execute(sa.delete(tables.HOSTS).where(
                 tables.HOSTS.c.name == name)).rowcount)
+
+    @_guarded
+    def note_observation(self, told: dict[str, Any]) -> None:
+        """Keep an observation, instead of the one before of that host.
+
+        :param told: checked by :func:`fastboot_glance.observations.check`.
+        :raises Invalid: too many wait already.
+        """
+        table = tables.OBSERVATIONS
+        now = time.time()
+        with self._engine.begin() as connection:
+            connection.execute(sa.delete(table).where(sa.or_(
+                table.c.at < now - _WAIT,
+                sa.and_(table.c.image_id == told['image'],
+                        table.c.host == told['host']))))
+        count = sa.func.count()
+        rows = self._rows(sa.select(table.c.image_id, count.label('rows'))
+                          .group_by(table.c.image_id))
+        waiting = {row['image_id']: row['rows'] for row in rows}
+        if waiting.get(told['image'], 0) >= IMAGE_OBSERVATIONS \
+                or sum(waiting.values()) >= ALL_OBSERVATIONS:
+            raise exception.Invalid(
+                f'host {told["host"]}: too many observations wait already')
+        with self._engine.begin() as connection:
+            connection.execute(sa.insert(table).values(
+                image_id=told['image'], host=told['host'],
+                serial=told['serial'], at=now,
+                reads=told['reads'].encode()))
+
+    @_guarded
+    def observations(self, image_id: str) -> list[Observation]:
+        """What waits to get into an image's boot set, the oldest first."""
+        table = tables.OBSERVATIONS
+        return [Observation(row['host'], row['serial'], row['at'],
+                            row['reads'].decode())
+                for row in self._rows(sa.select(table).where(
+                    table.c.image_id == image_id).order_by(table.c.at))]
+
+    @_guarded
+    def forget_observations(self, image_id: str,
+                            found: list[Observation]) -> None:
+        """Drop some; those that came since stay."""
+        table = tables.OBSERVATIONS
+        with self._engine.begin() as connection:
+            for one in found:
+                connection.execute(sa.delete(table).where(
+                    table.c.image_id == image_id, table.c.host == one.host,
+                    table.c.at <= one.at))
 
     def _rows(self, statement: sa.Select[Any]) -> list[dict[str, Any]]:
         with self._engine.connect() as connection:
