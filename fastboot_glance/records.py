@@ -38,7 +38,8 @@ BUILD_STATES: Final = (
 IMAGES_LIMIT: Final = 64 << 20
 #: Names that hostile reports can make up at most.
 HOSTS_LIMIT: Final = 20_000
-#: Observations that wait, of an image and of all; each up to 1 MiB.
+#: Observations that wait, of an image (the newest) and of all; each up to
+#: 1 MiB.
 IMAGE_OBSERVATIONS: Final = 16
 ALL_OBSERVATIONS: Final = 1000
 #: Seconds that one waits for others.
@@ -336,10 +337,11 @@ class Records:
 
     @_guarded
     def note_observation(self, told: dict[str, Any]) -> None:
-        """Keep an observation, instead of the one before of that host.
+        """Keep an observation, instead of the one before of that host, or
+        of the oldest if the image has many.
 
         :param told: checked by :func:`fastboot_glance.observations.check`.
-        :raises Invalid: too many wait already.
+        :raises Invalid: too many wait already, of all images.
         """
         table = tables.OBSERVATIONS
         now = time.time()
@@ -348,12 +350,8 @@ class Records:
                 table.c.at < now - _WAIT,
                 sa.and_(table.c.image_id == told['image'],
                         table.c.host == told['host']))))
-        count = sa.func.count()
-        rows = self._rows(sa.select(table.c.image_id, count.label('rows'))
-                          .group_by(table.c.image_id))
-        waiting = {row['image_id']: row['rows'] for row in rows}
-        if waiting.get(told['image'], 0) >= IMAGE_OBSERVATIONS \
-                or sum(waiting.values()) >= ALL_OBSERVATIONS:
+        if self._rows(sa.select(sa.func.count().label('rows')).select_from(
+                table))[0]['rows'] >= ALL_OBSERVATIONS:
             raise exception.Invalid(
                 f'host {told["host"]}: too many observations wait already')
         with self._engine.begin() as connection:
@@ -361,6 +359,14 @@ class Records:
                 image_id=told['image'], host=told['host'],
                 serial=told['serial'], at=now,
                 reads=told['reads'].encode()))
+        old = self._rows(sa.select(table.c.at).where(
+            table.c.image_id == told['image']).order_by(
+                table.c.at.desc()).offset(IMAGE_OBSERVATIONS).limit(1))
+        if old:
+            with self._engine.begin() as connection:
+                connection.execute(sa.delete(table).where(
+                    table.c.image_id == told['image'],
+                    table.c.at <= old[0]['at']))
 
     @_guarded
     def observations(self, image_id: str) -> list[Observation]:
