@@ -6,7 +6,8 @@ the bus is away. What is lost, a catch-up finds.
 
 * ``fastboot-agent``: ``announce(version)`` to every agent, ``sync(images)``
   to one.
-* ``fastboot-centre``: ``report(report)``, which one builder takes.
+* ``fastboot-centre``: ``report(report)`` and ``observe(observation)``, which
+  one builder takes.
 
 Only services import this; the standalone commands need no bus.
 """
@@ -92,6 +93,14 @@ class Centre:
         :raises Unavailable: the bus is away.
         """
         _cast(self._client, 'report', report=report)
+
+    def observe(self, observation: dict[str, Any]) -> None:
+        """Tell what guests read in their first minutes; see
+        :mod:`fastboot_common.observation`.
+
+        :raises Unavailable: the bus is away.
+        """
+        _cast(self._client, 'observe', observation=observation)
 
 
 def _client(bus: Any, topic: str) -> Any:

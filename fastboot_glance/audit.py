@@ -19,6 +19,7 @@ from fastboot_glance import (
     eligibility,
     images,
     jobs,
+    observations,
     records,
     registry,
 )
@@ -37,9 +38,11 @@ class Steward:
 
     def __init__(self, board: jobs.Board, glance: images.Images,
                  policies: eligibility.Policies, store: records.Records,
-                 register: registry.Registry, removals: int) -> None:
+                 register: registry.Registry,
+                 refresher: observations.Refresher, removals: int) -> None:
         """Make one.
 
+        :param refresher: sees to what hosts observed.
         :param removals: how many images one audit deregisters at most.
         """
         self._board = board
@@ -47,6 +50,7 @@ class Steward:
         self._policies = policies
         self._records = store
         self._registry = register
+        self._refresher = refresher
         self._removals = removals
 
     def look(self, image_id: str) -> None:
@@ -106,6 +110,7 @@ class Steward:
         found = self._registry.find(image.image_id)
         if found:
             self._registry.settle(image, found)
+            self._refresher.look(image, found)
             return
         known = self._records.build(image.image_id)
         if known and known.state == 'error' and not known.requested:

@@ -33,6 +33,7 @@ from fastboot_glance import (
     images,
     jobs,
     logbooks,
+    observations,
     records,
     registry,
     staging,
@@ -136,7 +137,9 @@ class Builder:
             servers.append(found)
         servers.append(rpc.serve(
             rpc.transport(self._conf), rpc.CENTRE, socket.gethostname(),
-            centre.Endpoint(self._records)))
+            centre.Endpoint(
+                self._records, None if self._conf.builder.refresh == 'never'
+                else self._desk.put)))
 
     # What each thread has for itself
 
@@ -161,9 +164,12 @@ class Builder:
             workdir=self._workdir)
 
     def _steward(self) -> audit.Steward:
+        group, register = self._conf.builder, self._registry()
         return audit.Steward(
             self._board, self._glance, self._policies, self._records,
-            self._registry(), self._conf.builder.audit_removals)
+            register, observations.Refresher(
+                self._records, register, group.refresh, group.refresh_hosts),
+            group.audit_removals)
 
     def _keep_up(self) -> None:
         """Collect garbage, first what builders left that died."""

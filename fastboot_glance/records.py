@@ -38,6 +38,12 @@ BUILD_STATES: Final = (
 IMAGES_LIMIT: Final = 64 << 20
 #: Names that hostile reports can make up at most.
 HOSTS_LIMIT: Final = 20_000
+#: Observations that wait, of an image (the newest) and of all; each up to
+#: 1 MiB.
+IMAGE_OBSERVATIONS: Final = 16
+ALL_OBSERVATIONS: Final = 1000
+#: Seconds that one waits for others.
+_WAIT: Final = 7 * 86400.0
 
 _P = ParamSpec('_P')
 _R = TypeVar('_R')
@@ -100,6 +106,20 @@ class Host:
     free_bytes: int
     images: dict[str, HostImage]
     lazy_guests: list[str] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Observation:
+    """What guests of a host read of an image in their first minutes.
+
+    :ivar at: when it came (seconds, Unix time).
+    :ivar reads: see :mod:`fastboot_common.observation`.
+    """
+
+    host: str
+    serial: int
+    at: float
+    reads: str
 
 
 def _guarded(
@@ -234,8 +254,9 @@ class Records:
     def forget_build(self, image_id: str) -> None:
         """Drop what is known of an image; nothing known is no error."""
         with self._engine.begin() as connection:
-            connection.execute(sa.delete(tables.BUILDS).where(
-                tables.BUILDS.c.image_id == image_id))
+            for table in (tables.BUILDS, tables.OBSERVATIONS):
+                connection.execute(sa.delete(table).where(
+                    table.c.image_id == image_id))
 
     @_guarded
     def note_host(self, report: dict[str, Any]) -> bool:
@@ -313,6 +334,59 @@ class Records:
         with self._engine.begin() as connection:
             return bool(connection.execute(sa.delete(tables.HOSTS).where(
                 tables.HOSTS.c.name == name)).rowcount)
+
+    @_guarded
+    def note_observation(self, told: dict[str, Any]) -> None:
+        """Keep an observation, instead of the one before of that host, or
+        of the oldest if the image has many.
+
+        :param told: checked by :func:`fastboot_glance.observations.check`.
+        :raises Invalid: too many wait already, of all images.
+        """
+        table = tables.OBSERVATIONS
+        now = time.time()
+        with self._engine.begin() as connection:
+            connection.execute(sa.delete(table).where(sa.or_(
+                table.c.at < now - _WAIT,
+                sa.and_(table.c.image_id == told['image'],
+                        table.c.host == told['host']))))
+        if self._rows(sa.select(sa.func.count().label('rows')).select_from(
+                table))[0]['rows'] >= ALL_OBSERVATIONS:
+            raise exception.Invalid(
+                f'host {told["host"]}: too many observations wait already')
+        with self._engine.begin() as connection:
+            connection.execute(sa.insert(table).values(
+                image_id=told['image'], host=told['host'],
+                serial=told['serial'], at=now,
+                reads=told['reads'].encode()))
+        old = self._rows(sa.select(table.c.at).where(
+            table.c.image_id == told['image']).order_by(
+                table.c.at.desc()).offset(IMAGE_OBSERVATIONS).limit(1))
+        if old:
+            with self._engine.begin() as connection:
+                connection.execute(sa.delete(table).where(
+                    table.c.image_id == told['image'],
+                    table.c.at <= old[0]['at']))
+
+    @_guarded
+    def observations(self, image_id: str) -> list[Observation]:
+        """What waits to get into an image's boot set, the oldest first."""
+        table = tables.OBSERVATIONS
+        return [Observation(row['host'], row['serial'], row['at'],
+                            row['reads'].decode())
+                for row in self._rows(sa.select(table).where(
+                    table.c.image_id == image_id).order_by(table.c.at))]
+
+    @_guarded
+    def forget_observations(self, image_id: str,
+                            found: list[Observation]) -> None:
+        """Drop some; those that came since stay."""
+        table = tables.OBSERVATIONS
+        with self._engine.begin() as connection:
+            for one in found:
+                connection.execute(sa.delete(table).where(
+                    table.c.image_id == image_id, table.c.host == one.host,
+                    table.c.at <= one.at))
 
     def _rows(self, statement: sa.Select[Any]) -> list[dict[str, Any]]:
         with self._engine.connect() as connection:

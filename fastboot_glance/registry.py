@@ -6,6 +6,7 @@ Images that somebody registered by hand, not from Glance, are left alone.
 
 import contextlib
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Final
 
 from oslo_log import log as logging
@@ -142,27 +143,41 @@ class Registry:
 
         :raises NotFound: it is not registered any more.
         """
-        data = b''
+        return self.rewrite(draft.image_id, lambda old: dataclasses.replace(
+            old, boot=extents.locate(old.extents, draft.boot)[0],
+            trace=draft.trace, capture=draft.capture))
 
-        def build(state: journal.State) -> dict[str, Any]:
+    def rewrite(self, image_id: str, change: Callable[
+            [manifest.Manifest], manifest.Manifest | None],
+            ) -> journal.Image:
+        """Give a registered image another manifest of the same content.
+
+        :param change: makes it from the newest; called again when others
+            changed the repository meanwhile. None: it stays as it is.
+        :raises NotFound: it is not registered any more.
+        """
+        data: bytes | None = None
+
+        def build(state: journal.State) -> dict[str, Any] | None:
             nonlocal data
-            current = state.images.get(draft.image_id)
+            data = None
+            current = state.images.get(image_id)
             if current is None:
                 raise exception.NotFound(
-                    f'image {draft.image_id} is not registered')
-            old = self.repository.read_manifest(current.manifest)
-            boot, _, _ = extents.locate(old.extents, draft.boot)
-            data = dataclasses.replace(
-                old, boot=boot, trace=draft.trace,
-                capture=draft.capture).pack()
+                    f'image {image_id} is not registered')
+            made = change(self.repository.read_manifest(current.manifest))
+            if made is None:
+                return None
+            data = made.pack()
             digest = self.repository.keep_manifest(data)
-            return {'packs': [], 'manifests': {draft.image_id: {
+            return {'packs': [], 'manifests': {image_id: {
                 'manifest': digest, 'manifest_size': len(data)}}}
 
         after = self.repository.append('repack', build)
-        # It may have been there before, as a leftover that gc removed.
-        self.repository.keep_manifest(data)
-        return after.images[draft.image_id]
+        if data is not None:
+            # It may have been there before, as a leftover that gc removed.
+            self.repository.keep_manifest(data)
+        return after.images[image_id]
 
     def _deregister(self, image_id: str, reason: str) -> None:
         found = self.find(image_id)

@@ -57,6 +57,16 @@ HOSTS: Final = sa.Table(
     sa.Column('lazy_guests', sa.Text),
     **OPTIONS)
 
+#: The newest observation of each host and image, until a boot set has it.
+OBSERVATIONS: Final = sa.Table(
+    'observations', METADATA,
+    sa.Column('image_id', sa.String(64), primary_key=True),
+    sa.Column('host', sa.String(255), primary_key=True),
+    sa.Column('serial', sa.Integer, nullable=False),
+    sa.Column('at', sa.Double, nullable=False),
+    sa.Column('reads', BLOB, nullable=False),
+    **OPTIONS)
+
 
 def _config(connection: Any) -> config.Config:
     found = config.Config()

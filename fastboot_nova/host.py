@@ -376,11 +376,14 @@ class Host:
 
     # A guest misses
 
-    def ensure(self, image_id: str, offset: int, length: int) -> None:
+    def ensure(self, image_id: str, offset: int, length: int,
+               observed: bool = False) -> None:
         """Bring an extent (bytes) of an image into its volume.
 
         Comes with all that the same frames hold of the image.
 
+        :param observed: somebody records what guests ask for. Of an image
+            without boot set, the extent comes alone then.
         :raises NotFound: the image has no slot here.
         :raises Invalid: the extent reaches behind the image.
         :raises Unavailable: the repository is out of reach.
@@ -398,10 +401,20 @@ class Host:
         if not len(numbers):
             return
         found = self.mirror.read_manifest(image.manifest)
-        frames = self.mirror.widen(found, self.mirror.frames(found, numbers))
+        frames = self.mirror.frames(found, numbers)
+        # What comes unasked is never asked for, and so never seen: a boot
+        # set made of that would lack most of a boot, one made of whole
+        # frames would have several times what a boot reads. The frames stay
+        # in the mirror, so that only the first read of each goes over the
+        # network; it will hold them anyway, as part of the boot set. With a
+        # boot set misses are few, and their neighbours can be seen on
+        # another host: guests get them at once.
+        exact = observed and not len(found.boot)
+        if not exact:
+            frames = self.mirror.widen(found, frames)
         for part in _parts(frames):
-            self._fill(one, image_id, part,
-                       self.mirror.plain_many(part, self._fetchers))
+            self._fill(one, image_id, part, self.mirror.plain_many(
+                part, self._fetchers, keep=exact))
 
     # In the background
 

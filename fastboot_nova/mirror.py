@@ -10,6 +10,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import errno
+import functools
 import logging
 import os
 import pathlib
@@ -302,7 +303,8 @@ class Mirror:
             else found
 
     def plain_many(self, frames: list[Frame],
-                   pool: concurrent.futures.Executor) -> list[bytes]:
+                   pool: concurrent.futures.Executor,
+                   keep: bool = False) -> list[bytes]:
         """As :meth:`plain`, with one request for frames that are neighbours.
 
         :param pool: fetches side by side.
@@ -312,8 +314,8 @@ class Mirror:
         lacking = {id(frame): at for at, frame in enumerate(frames)
                    if at not in plain}
         groups = _neighbours([frames[at] for at in lacking.values()])
-        for group, found in zip(groups, pool.map(
-                self._plain_fetched, groups), strict=True):
+        for group, found in zip(groups, pool.map(functools.partial(
+                self._plain_fetched, keep=keep), groups), strict=True):
             plain |= {lacking[id(frame)]: data for frame, data
                       in zip(group, found, strict=True)}
         return [plain[at] for at in range(len(frames))]

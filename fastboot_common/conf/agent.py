@@ -120,6 +120,12 @@ OPTS = [
 
     # What others see
     cfg.IntOpt(
+        'observe', default=300, min=0,
+        help='Seconds after a guest came in which its reads are recorded '
+             'that the boot set does not have. The builders are told of '
+             'them once, and by [builder] refresh add them to the boot set. '
+             'Hydration that begins earlier hides some. 0: never.'),
+    cfg.IntOpt(
         'report_interval', default=60, min=1,
         help='Seconds between two reports to the builders, beside those of '
              'changes.'),

@@ -43,6 +43,20 @@ OPTS = [
              'it looks at the wrong Glance, or may not see all images. '
              'Raise it after images were deleted in numbers while '
              'notifications were off.'),
+    cfg.StrOpt(
+        'refresh', default='always', choices=[
+            ('never', 'boot sets stay as they are'),
+            ('failed', 'images that did not boot here get one'),
+            ('always', 'those of other images grow, too')],
+        help='Which boot sets get what guests of compute hosts read in '
+             'their first minutes and did not find there. A boot set that '
+             'is there grows by a quarter or 16 MiB at a time, whichever is '
+             'more, and at most four times.'),
+    cfg.IntOpt(
+        'refresh_hosts', default=2, min=1,
+        help='Hosts that must have missed a block before it is added to a '
+             'boot set. An image without one gets what a single host '
+             'tells.'),
     cfg.IntOpt(
         'upkeep_interval', default=3600, min=1,
         help='Seconds between two collections of garbage in repository, '

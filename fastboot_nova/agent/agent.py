@@ -24,6 +24,7 @@ from fastboot_nova.agent import (
     memory,
     metrics,
     network,
+    observer,
     report,
     resume,
     space,
@@ -85,6 +86,8 @@ class Agent:
         self._bus: bus.Bus | None = None
         if group.messaging:
             self._bus = bus.Bus(conf, name, bus.Endpoint(self._sync))
+        self._observer = observer.Observer(
+            name, served, group.observe if self._bus else 0, self._observed)
         self.reporter = report.Reporter(
             name, served, self._sync, self._hydrator, self._space, told,
             lazy=lambda: self._lazy.guests, send=self._send,
@@ -93,7 +96,7 @@ class Agent:
             worker.Worker('space', self._space.keep, _SPACE_SECONDS),
             worker.Worker('leases', self._reconcile, group.lease_interval),
             self._sync.worker, self._hydrator.worker, self.reporter.worker,
-            self._lazy.worker]
+            self._lazy.worker, self._observer.worker]
         if group.lock_memory:
             self._workers.append(self._memory.worker)
         if group.resume_guests:
@@ -144,16 +147,18 @@ class Agent:
     def ensure(self, image_id: str, offset: int, length: int) -> None:
         """Serve a guest's miss."""
         begun = time.monotonic()
+        observed = self._observer.is_open(image_id)
         try:
             try:
-                self._host.ensure(image_id, offset, length)
+                self._host.ensure(image_id, offset, length, observed)
             except exception.NoSpace:
                 # A guest waits: more important than what is only kept.
                 self._space.make(length)
-                self._host.ensure(image_id, offset, length)
+                self._host.ensure(image_id, offset, length, observed)
         except BaseException:
             self._told.ensures.labels('error').inc()
             raise
+        self._observer.note(image_id, offset, length)
         self._told.ensures.labels('ok').inc()
         self._told.ensure_bytes.inc(length)
         self._told.ensure_seconds.observe(time.monotonic() - begun)
@@ -170,6 +175,7 @@ class Agent:
         self._told.acquire_seconds.observe(done.seconds)
         self._told.thaw_bytes.inc(done.thawed)
         if not done.link.complete:
+            self._observer.open(image_id)
             self._hydrator.worker.wake()
         self._changed()
         link = done.link
@@ -253,6 +259,11 @@ class Agent:
             self._bus.notify('fastboot.image.evict', {
                 'host': self._name, 'image': image_id, 'freed_bytes': freed})
         self._changed()
+
+    def _observed(self, found: dict[str, Any]) -> None:
+        self._told.observations.inc()
+        if self._bus:
+            self._bus.observe(found)
 
     def _changed(self) -> None:
         self.reporter.worker.wake()

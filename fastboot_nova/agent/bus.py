@@ -19,6 +19,7 @@ LOG = logging.getLogger(__name__)
 
 _NOTIFICATIONS: Final = 1000
 _IMAGES: Final = 1000
+_OBSERVATIONS: Final = 16
 
 
 class Endpoint:
@@ -64,6 +65,8 @@ class Bus:
         self._notifications: collections.deque[
             tuple[str, dict[str, Any]]] = collections.deque(
                 maxlen=_NOTIFICATIONS)
+        self._observations: collections.deque[
+            dict[str, Any]] = collections.deque(maxlen=_OBSERVATIONS)
         self._stopping = False
         self._server: Any = None
         self._transport = rpc.transport(conf)
@@ -100,6 +103,12 @@ class Bus:
             self._notifications.append((event, payload))
             self._wakened.notify_all()
 
+    def observe(self, observation: dict[str, Any]) -> None:
+        """Tell the centre what guests read in their first minutes."""
+        with self._wakened:
+            self._observations.append(observation)
+            self._wakened.notify_all()
+
     def _listen(self) -> None:
         # Blocks until there is a broker.
         try:
@@ -118,16 +127,20 @@ class Bus:
             with self._wakened:
                 self._wakened.wait_for(
                     lambda: self._stopping or self._report is not None
-                    or self._notifications)
+                    or self._notifications or self._observations)
                 if self._stopping:
                     return
                 report, self._report = self._report, None
                 events = list(self._notifications)
                 self._notifications.clear()
+                observations = list(self._observations)
+                self._observations.clear()
             try:
                 for event, payload in events:
                     notifier.info({}, event, payload)
                 if report is not None:
                     self._centre.report(report)
+                for observation in observations:
+                    self._centre.observe(observation)
             except Exception as error:
                 LOG.warning('the message bus is away: %s', error)

@@ -29,6 +29,9 @@ class Metrics:
             'ensure_bytes', 'Bytes of these reads')
         self.ensure_seconds = self._histogram(
             'ensure_seconds', 'Time of these reads')
+        self.observations = self._counter(
+            'observations', 'First minutes of guests that the centre was '
+            'told of')
         self.sync_bytes = self._counter(
             'sync_bytes', 'Bytes of boot sets that came')
         self.hydrate_bytes = self._counter(

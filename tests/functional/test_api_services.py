@@ -212,7 +212,7 @@ def test_manage(cloud):
                        str(cloud.conf), *words)
 
     assert manage('db', 'sync').returncode == 0
-    assert manage('db', 'version').stdout.strip() == 'r002'
+    assert manage('db', 'version').stdout.strip() == 'r003'
     with sqlite3.connect(cloud.path / 'fastboot.sqlite') as database:
         found = {row[0] for row in database.execute(
             'select name from sqlite_master')}
@@ -238,7 +238,7 @@ def test_status_of_the_centre(cloud, tmp_path):
     assert done.returncode == 1, done.stdout  # no message bus
     assert {name: row['result'] for name, row in found.items()
             if row['result']} == {'Message bus': 1}
-    assert found['Database']['details'] == 'the tables have version r002'
+    assert found['Database']['details'] == 'the tables have version r003'
     assert 'version 1 with 1 images' in found['Repository']['details']
     assert 'image_import_plugins' in found['Import plugin in Glance'][
         'details']

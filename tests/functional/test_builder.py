@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import agents
 import brokers
 import centre_stack
 import pytest
@@ -129,6 +130,47 @@ def test_each_image_gets_its_end(centre, tmp_path):
     assert [states[name].attempts for name in ('lies', 'backed', 'cut')] == [
         1, 1, 1]
     assert set(centre.state.images) == {made['qcow2'], made['silent']}
+    centre.wait_idle()
+
+
+@agents.needs_nbdkit
+def test_a_boot_set_from_a_first_boot(centre, tmp_path):
+    """An image that does not boot here, and a guest that reads it there."""
+    centre.start(capture={'timeout': 5})
+    silent = tmp_path / 'silent'
+    silent.write_bytes(os.urandom(4 << 20))
+    image_id = centre.glance.make('silent', silent)
+    found = centre.wait_state(image_id, 'ready')
+    assert (found.boot_size, 'no boot set' in found.error) == (0, True)
+    host = agents.Agent(centre.path / 'h', centre.path / 'repository', **{
+        'DEFAULT': {'transport_url': centre.bus},
+        'agent': {'messaging': True, 'host': 'h1', 'observe': 3}})
+    try:
+        host.start()
+        host.await_state(image_id, 'ready')
+        assert host.acquire(image_id, tmp_path / 'stub')[0] == 200
+        subprocess.run(
+            ['qemu-io', '-r', '-f', 'raw',
+             f'nbd+unix:///{image_id}?socket={host.nbd}'], check=True,
+            text=True, timeout=60, stdout=subprocess.DEVNULL, input=''.join(
+                f'read -q {number * 32 << 10} 512\n'
+                for number in range(100, 60, -1)))
+        brokers.wait_for(
+            lambda: 'fastboot_error' not in centre.glance.show(image_id),
+            'a boot set')
+    finally:
+        host.clean()
+    made = centre.manifest(image_id)
+    assert made.boot.tolist() == [
+        2 * number for number in range(100, 60, -1)]
+    assert made.capture['state'] == 'observed'
+    assert made.capture['reason']
+    found = centre.wait_state(image_id, 'ready')
+    assert (found.version, found.error, found.boot_size) == (
+        centre.state.images[image_id].serial, '', 40 * centre_stack.BLOCK)
+    assert centre.glance.show(image_id)['fastboot_boot_size'] == str(
+        found.boot_size)
+    # Nobody builds it again for that.
     centre.wait_idle()
 
 

@@ -340,6 +340,29 @@ def test_ensure(world):
         right(host, world, 'image')
 
 
+@pytest.mark.parametrize('boot', [(), range(9)])
+def test_what_is_observed_comes_alone(world, boot):
+    """Without a boot set; its frame comes over the network once."""
+    data = disk(900 * 4096, 1, zeros=0)
+    world.publish('image', data, boot)
+    source = CountingStore(world.path / 'repo')
+    with world.host(source) as host:
+        host.sync()
+        host.acquire('image', 'guest')
+        one, _ = host.find('image')
+        before = one.slot_of('image').present()
+        host.ensure('image', 500 * 4096 + 7, 4096, observed=True)
+        assert (one.slot_of('image').present() - before == 2) == (not boot)
+        fetched = source.bytes
+        host.ensure('image', 510 * 4096, 4096, observed=True)
+        assert source.bytes == fetched
+        # With nobody looking, all that is there comes.
+        host.ensure('image', 505 * 4096, 1)
+        assert source.bytes == fetched
+        assert one.slot_of('image').present() > 100
+        right(host, world, 'image')
+
+
 def test_many_threads(world):
     """Guests come and miss, others hydrate and are evicted, all at once."""
     for number in range(3):

@@ -52,6 +52,30 @@ def test_tables(store, server):
             context, tables.METADATA) == []
 
 
+def test_observations(store):
+    def told(host, reads='x'):
+        return {'image': 'a', 'host': host, 'serial': 3, 'reads': reads}
+
+    for host in ('h1', 'H1', 'h1'):
+        store.note_observation(told(host, 'x' * (1 << 20)))
+    found = store.observations('a')
+    assert [one.host for one in found] == ['H1', 'h1']
+    assert found[0].reads == 'x' * (1 << 20)
+    store.note_observation(told('h1', 'newer'))
+    # What came since stays.
+    store.forget_observations('a', found)
+    assert [one.reads for one in store.observations('a')] == ['newer']
+    store.forget_observations('a', store.observations('a'))
+    assert store.observations('a') == []
+    for number in range(20):
+        store.note_observation(told(f'h{number}'))
+    assert [one.host for one in store.observations('a')] == [
+        f'h{number}' for number in range(4, 20)]
+    store.note_build('a', state='ready')
+    store.forget_build('a')
+    assert store.observations('a') == []
+
+
 def test_any_name_and_case(store):
     store.note_build('a', state='ready', name='Ünï 😀')
     store.note_build('A', state='error', error='é' * 2000)

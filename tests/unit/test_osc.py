@@ -2,6 +2,7 @@
 """``openstack fastboot …`` against the API itself; no network between."""
 
 import argparse
+import dataclasses
 import io
 import json
 import threading
@@ -17,6 +18,7 @@ from keystoneauth1 import noauth, session
 from osc_lib import exceptions
 
 from fastboot_common.osc import client, columns, host, image, plugin
+from fastboot_glance import registry
 
 URL = 'http://fastboot.invalid:9190'
 
@@ -120,6 +122,16 @@ def test_image_show_by_name_and_id(centre, run):
     words = run(image.Show, ONE, output='table')
     assert '12.0 KiB' in words
     assert 'no room' in words
+
+
+def test_image_show_says_what_was_observed(centre, run):
+    made = {'times': 1, 'bytes': 12288, 'hosts': 1}
+    register = registry.Registry(centre.repo, centre.records, None, None)
+    register.rewrite(ONE, lambda old: dataclasses.replace(
+        old, capture=old.capture | {'state': 'observed', 'observed': made}))
+    assert run(image.Show, ONE)['capture'] == {
+        'state': 'observed', 'reason': None, 'observed': made}
+    assert 'observed' in run(image.Show, ONE, output='table')
 
 
 def test_names_that_do_not_do(centre, run, tmp_path):
