@@ -156,14 +156,14 @@ class FastbootLibvirtDriver(driver.LibvirtDriver):
 
     @staticmethod
     def _check_destination(context: Any, instance: Any) -> None:
-        for migration in objects.MigrationList.get_in_progress_by_instance(
-                context, instance.uuid):
-            node = objects.ComputeNode.get_by_host_and_nodename(
-                context, migration.dest_compute, migration.dest_node)
-            if MARK not in (node.stats or {}):
-                raise nova_exception.InstanceFaultRollback(
-                    nova_exception.MigrationPreCheckError(
-                        reason=_refusal(migration.dest_compute)))
+        migration = objects.Migration.get_by_instance_and_status(
+            context, instance.uuid, 'migrating')
+        node = objects.ComputeNode.get_by_host_and_nodename(
+            context, migration.dest_compute, migration.dest_node)
+        if MARK not in (node.stats or {}):
+            raise nova_exception.InstanceFaultRollback(
+                nova_exception.MigrationPreCheckError(
+                    reason=_refusal(migration.dest_compute)))
 
     def cache_image(self, context: Any, image_id: str) -> bool:
         """Bring all of an image to this host, before any server."""
