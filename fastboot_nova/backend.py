@@ -22,6 +22,7 @@ import nova.conf
 from lxml import etree
 from nova import exception as nova_exception
 from nova import utils
+from nova.compute import task_states
 from nova.virt.libvirt import config as vconfig
 from nova.virt.libvirt import imagebackend
 from oslo_log import log as logging
@@ -133,9 +134,18 @@ class FastbootQcow2(imagebackend.Qcow2):
             return self.restore(base_directory() / filename, image_id)
         if image_id is None or filename != overlay.base_name(image_id):
             return None
-        if self.exists() and self._lies_on(filename):
+        if self._is_migrating() or (
+                self.exists() and self._lies_on(filename)):
             return None
         return self._hit(image_id, kwargs)
+
+    def _is_migrating(self) -> bool:
+        """Whether the server runs elsewhere, with the base that Nova names.
+
+        Its chain comes with it, and ours would be another one.
+        """
+        return (self._instance is not None and bool(
+            self._instance.task_state == task_states.MIGRATING))
 
     def _lies_on(self, filename: str) -> bool:
         with contextlib.suppress(exception.FastbootError):

@@ -28,6 +28,7 @@ import nova.privsep  # noqa: E402
 from images import World, fast_directory  # noqa: E402
 from lxml import etree  # noqa: E402
 from nova import exception as nova_exception  # noqa: E402
+from nova.compute import task_states  # noqa: E402
 from nova.virt.libvirt import imagebackend, imagecache  # noqa: E402
 from oslo_concurrency import lockutils  # noqa: E402
 
@@ -146,7 +147,8 @@ def place(notices):
 def instance(**more):
     return types.SimpleNamespace(**{
         'uuid': str(uuid.uuid4()), 'kernel_id': '', 'ramdisk_id': '',
-        'flavor': flavor(), 'system_metadata': {}, **more})
+        'flavor': flavor(), 'system_metadata': {}, 'task_state': None,
+        **more})
 
 
 def flavor(**specs):
@@ -439,6 +441,15 @@ def test_a_migrations_destination(place):
                 trusted_certs=None)
     assert overlay.read_backing(pathlib.Path(image.path)) == (
         str(stub(place)), 2 << 20)
+
+
+def test_a_stock_servers_live_migration(place):
+    """It comes with its chain: the base must be the one that it names."""
+    image = image_of(place, instance(task_state=task_states.MIGRATING))
+    assert spawn(place, image)
+    assert overlay.read_backing(pathlib.Path(image.path))[0] == str(
+        place.base / overlay.base_name('image'))
+    assert content(image.path)[:1 << 20] == place.raw
 
 
 def test_a_rescue_disks_stub_is_found_by_its_name(place):
