@@ -93,6 +93,7 @@ class ChainedDisk(vconfig.LibvirtConfigGuestDisk):
         """The ``<disk>`` element."""
         disk = super().format_dom()
         disk.append(self.chain)
+        _pause_rather_than_fail(disk)
         return disk
 
 
@@ -396,6 +397,15 @@ def _element(stub: pathlib.Path, link: chain.Link,
         stub, link, pathlib.Path(CONF.fastboot.export_socket), device)))
 
 
+def _pause_rather_than_fail(disk: Any) -> None:
+    """A guest waits for an export that is away, and sees no error.
+
+    The agent resumes it. A chain without an export fails as stock ones do.
+    """
+    if disk.find(".//source[@protocol='nbd']") is not None:
+        disk.find('driver').set('rerror_policy', 'stop')
+
+
 def portable(domain: str) -> str:
     """The XML of a domain in the form that every host can start.
 
@@ -413,7 +423,9 @@ def portable(domain: str) -> str:
         stub = pathlib.Path(name)
         with contextlib.suppress(exception.NotFound):
             link = dataclasses.replace(overlay.follow(stub), complete=None)
-            layer.getparent().replace(layer, _element(stub, link))
+            disk = layer.getparent()
+            disk.replace(layer, _element(stub, link))
+            _pause_rather_than_fail(disk)
     return str(etree.tostring(tree, encoding='unicode'))
 
 

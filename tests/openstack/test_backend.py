@@ -360,6 +360,7 @@ def test_the_chain_is_explicit(place):
     assert int(slice_.get('offset')) == 65536
     assert xml.find('.//backingStore/source/host').get('socket') == str(
         place.export)
+    assert xml.find('driver').get('rerror_policy') == 'stop'
     stock = image_of(place, kind=imagebackend.Qcow2)
     spawn(place, stock)
     assert 'backingStore' not in backing_of(place, stock)
@@ -374,6 +375,7 @@ def test_complete_images_need_no_export(place):
     xml = backing_of(place, image)
     assert '/complete/image' in xml
     assert 'nbd' not in xml
+    assert 'rerror_policy' not in xml
     # The stub was made anew: it opens without an export, too.
     place.export.unlink(missing_ok=True)
     assert content(image.path)[:1 << 20] == place.raw
@@ -413,6 +415,7 @@ def test_what_leaves_the_host_is_lazy(place):
     domain = f'<domain><devices>{backing_of(place, image)}</devices></domain>'
     xml = backend.portable(domain)
     assert '/complete/' not in xml
+    assert 'rerror_policy="stop"' in xml
     assert etree.fromstring(xml).findall('.//source[@protocol="nbd"]')
     # Others are left as they are.
     other = '<domain><devices><disk><backingStore><source file="/x_sm"/>' \
