@@ -61,8 +61,9 @@ class Repository:
         :raises UnknownVersion: it is of a newer format.
         """
         self.store = source
-        self.id, self.block_size = read_config(
-            source.get('config.json', check=read_config))
+        _, (self.id, self.block_size) = store.parsed(
+            lambda check: source.get('config.json', check=check),
+            read_config)
         self._state = state or journal.State()
         self._trust = trust
         self._signer = signer
@@ -83,12 +84,9 @@ class Repository:
         newest = None
         while True:
             try:
-                data = self.store.get(
-                    store.entry_name(known.version + 1), journal.ENTRY_LIMIT,
-                    functools.partial(journal.apply, known))
+                newest, known = self._follow(known)
             except exception.NotFound:
                 break
-            known, newest = journal.apply(known, data), data
         if known.version < hint:
             raise exception.Corrupt(
                 f'journal entry {known.version + 1} is missing, though '
@@ -123,9 +121,21 @@ class Repository:
                 f'journal entry {number}, which is known here, is gone: the '
                 f'repository is an older one; restore the newer') from error
 
+    def _follow(self, known: journal.State) -> tuple[bytes, journal.State]:
+        """The entry after a state, and the state after it.
+
+        :raises NotFound: there is none yet.
+        """
+        name = store.entry_name(known.version + 1)
+        return store.parsed(
+            lambda check: self.store.get(name, journal.ENTRY_LIMIT, check),
+            functools.partial(journal.apply, known))
+
     def _hint(self) -> int:
         try:
-            return _read_head(self.store.get('head.json', 4096, _read_head))
+            return store.parsed(
+                lambda check: self.store.get('head.json', 4096, check),
+                _read_head)[1]
         except exception.NotFound:
             return 0
 
@@ -172,11 +182,10 @@ class Repository:
         :raises Corrupt: it is damaged.
         """
         if digest not in self._manifests:
-            found = manifest.Manifest.unpack(
-                self.store.get(
-                    store.object_name('manifests', digest), manifest.LIMIT,
-                    lambda data: manifest.Manifest.unpack(data, digest)),
-                digest)
+            name = store.object_name('manifests', digest)
+            _, found = store.parsed(
+                lambda check: self.store.get(name, manifest.LIMIT, check),
+                lambda data: manifest.Manifest.unpack(data, digest))
             if found.block_size != self.block_size:
                 raise exception.Corrupt(
                     f'manifest {digest}: blocks of {found.block_size} bytes, '

@@ -147,7 +147,7 @@ class Mirror:
                 self._manifests.move_to_end(digest)
                 return self._manifests[digest]
         # Not under the lock: a slow source holds up nobody else.
-        found = manifest.Manifest.unpack(self._manifest_bytes(digest), digest)
+        found = self._load_manifest(digest)
         if found.block_size != self.block_size:
             raise exception.Corrupt(
                 f'manifest {digest}: blocks of {found.block_size} bytes, '
@@ -158,18 +158,20 @@ class Mirror:
                 self._manifests.popitem(last=False)
         return found
 
-    def _manifest_bytes(self, digest: str) -> bytes:
+    def _load_manifest(self, digest: str) -> manifest.Manifest:
         name = store.object_name('manifests', digest)
         path = self.path / name
+
+        def unpack(data: bytes) -> manifest.Manifest:
+            return manifest.Manifest.unpack(data, digest)
+
         with contextlib.suppress(FileNotFoundError, exception.Corrupt):
-            data = path.read_bytes()
-            manifest.Manifest.unpack(data, digest)
-            return data
-        data = self.source.get(
-            name, manifest.LIMIT,
-            lambda data: manifest.Manifest.unpack(data, digest))
+            return unpack(path.read_bytes())
+        data, found = store.parsed(
+            lambda check: self.source.get(name, manifest.LIMIT, check),
+            unpack)
         files.write_atomically(path, data)
-        return data
+        return found
 
     def ready(self, image: journal.Image) -> bool:
         """Whether the image's boot set is here, as far as is known."""
@@ -284,10 +286,10 @@ class Mirror:
                 ref, lambda offset, length: self._read_local(
                     ref, offset, length), self.block_size)
         name = store.object_name('packs', ref.digest)
-        data = self.source.read(
-            name, ref.index_offset, ref.index_length,
+        data, index = store.parsed(
+            lambda check: self.source.read(
+                name, ref.index_offset, ref.index_length, check),
             lambda data: pack.PackIndex(ref, data, self.block_size))
-        index = pack.PackIndex(ref, data, self.block_size)
         self._write_local(ref, ref.index_offset, data)
         return index
 

@@ -14,7 +14,7 @@ import pathlib
 import re
 import urllib.parse
 from collections.abc import Callable, Iterator
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, TypeVar
 
 from fastboot_common import exception
 
@@ -23,6 +23,8 @@ Progress = Callable[[int], None]
 #: Proves bytes that were read; raises Corrupt if they are not what they
 #: should be.
 Check = Callable[[bytes], object]
+
+T = TypeVar('T')
 
 _DIGEST: Final = re.compile(r'[0-9a-f]{64}')
 _NAMES: Final = re.compile(
@@ -77,6 +79,18 @@ def proven(data: bytes, check: Check | None) -> bytes:
     if check is not None:
         check(data)
     return data
+
+
+def parsed(read: Callable[[Check], bytes],
+           parse: Callable[[bytes], T]) -> tuple[bytes, T]:
+    """Read bytes whose parser is their proof; it runs once.
+
+    :param read: reads them, with the check that it is given.
+    :param parse: raises Corrupt if they are not what they should be.
+    """
+    made: list[T] = []
+    data = read(lambda found: made.append(parse(found)))
+    return data, made[-1]
 
 
 class ReadStore(Protocol):
