@@ -10,6 +10,8 @@ import subprocess
 import time
 
 import pytest
+from brokers import rabbitmq
+from images import fast_directory
 
 pytest.register_assert_rewrite('store_conformance')
 
@@ -140,3 +142,17 @@ def certificate(tmp_path_factory):
          '-keyout', str(key), '-out', str(cert)],
         check=True, capture_output=True, timeout=60)
     return cert, key
+
+
+@pytest.fixture
+def room():
+    """A directory that is as fast as there is one."""
+    with fast_directory() as path:
+        yield path
+
+
+@pytest.fixture
+def broker(tmp_path):
+    """The address of a RabbitMQ."""
+    with rabbitmq(tmp_path) as found:
+        yield found

@@ -6,8 +6,7 @@ import time
 
 import pytest
 from agents import Agent, needs_nbdkit, wait_for
-from brokers import rabbitmq
-from images import World, disk, fast_directory
+from images import World, disk
 from oslo_config import cfg
 
 from fastboot_common import rpc
@@ -49,18 +48,6 @@ class Centre:
         return {image['id']: image['state']
                 for image in self.reports[-1]['images']} \
             if self.reports else {}
-
-
-@pytest.fixture
-def room():
-    with fast_directory() as path:
-        yield path
-
-
-@pytest.fixture
-def broker(tmp_path):
-    with rabbitmq(tmp_path) as found:
-        yield found
 
 
 def options(url, **agent):

@@ -11,8 +11,8 @@ from unittest import mock
 
 import pytest
 from agents import Agent, needs_nbdkit, wait_for
-from brokers import free_port, rabbitmq
-from images import Reader, World, data_blocks, disk, fast_directory
+from brokers import free_port
+from images import Reader, World, data_blocks, disk
 from oslo_config import cfg
 from test_agent import link_of
 
@@ -25,18 +25,6 @@ pytestmark = needs_nbdkit
 BLOCK = 16384
 SIZE = 40 << 20
 WINDOW = 4
-
-
-@pytest.fixture
-def room():
-    with fast_directory() as path:
-        yield path
-
-
-@pytest.fixture
-def broker(tmp_path):
-    with rabbitmq(tmp_path) as found:
-        yield found
 
 
 class Centre:
