@@ -63,11 +63,12 @@ OPTS: Final[list[Any]] = [
              'counts. A guest that reads less and then nothing for three '
              'minutes is taken for one that does not boot.'),
     cfg.IntOpt(
-        'settle_seconds', default=20, min=0,
-        help='Seconds that reads are still recorded for after the end of '
-             'the boot. A guest agent answers some seconds before the login '
-             'prompt comes: lower it only where guests run fast. Raise it '
-             'to include services that start late.'),
+        'settle_seconds', default=10, min=0,
+        help='Seconds without a new block, after the end of the boot, that '
+             'end the recording; it ends anyway after six times as many. A '
+             'guest agent answers some seconds before the login prompt '
+             'comes: lower it only where guests run fast. Raise it to '
+             'include services that start late.'),
     cfg.StrOpt(
         'user', default='nobody',
         help='Account that QEMU runs as if the builder runs as root. Use one '

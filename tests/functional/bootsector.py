@@ -86,6 +86,32 @@ def chatterbox() -> bytes:
     return signed(bytes.fromhex('baf803b078eeebfd'))
 
 
+def ponderer(text: bytes) -> bytes:
+    """The sector of a guest that prints a text, then reads for ever.
+
+    4 KiB of the next 64 twice a second, from MiB 1 on.
+
+    ::
+
+        .code16
+         cli; xorw %ax,%ax; movw %ax,%ds; movw %ax,%ss; movw $0x7c00,%sp
+         sti; cld; movb %dl,drive; movw $text,%si; movw $0x3f8,%dx
+        1: lodsb; testb %al,%al; jz 2f; outb %al,%dx; jmp 1b
+        2: movw $9,%cx
+        3: hlt; loop 3b
+         movb $0x42,%ah; movb drive,%dl; movw $dap,%si; int $0x13
+         addl $128,dap+8; jmp 2b
+        .align 4
+        dap: .byte 16,0; .word 8; .word 0,0x1000; .quad 2048
+        drive: .byte 0
+        text:
+    """
+    return signed(bytes.fromhex(
+        'fa31c08ed88ed0bc007cfbfc88164c7cbe4d7cbaf803ac84c07403eeebf8b90900f4'
+        'e2fdb4428a164c7cbe3c7ccd13668106447c80000000ebe466901000080000000010'
+        '000800000000000000') + text + b'\0')
+
+
 def signed(code: bytes) -> bytes:
     """A boot sector with one partition: Glance refuses any without."""
     assert len(code) <= 440

@@ -124,6 +124,14 @@ def test_reads_after_the_end_are_recorded(tmp_path):
     assert [block for block in blocks if block >= 256] == wanted
 
 
+def test_a_guest_that_goes_on_reading_is_listened_to(tmp_path):
+    """Longer than it would have to be silent for, and not for ever."""
+    found = boot(tmp_path, bootsector.ponderer(LOGIN), settle_seconds=1)
+    assert found.state == 'booted'
+    blocks = trace.boot_set(found.trace, 4096, SIZE)
+    assert (blocks >= 256).sum() > 4
+
+
 def test_every_second_disk_is_grown(tmp_path, monkeypatch):
     sizes = []
     create = qemu.create_overlay

@@ -48,8 +48,9 @@ def test_upload_to_prompt(user, guest, clean):
     found = clean.boot(user.boot('e2e', image, 'h2'))
     assert found.log.startswith('hit'), found.log
     assert found.traffic.glance == 0
-    # A first boot reads nothing else, whichever way it takes.
-    assert found.traffic.repository < 1 << 20
+    # A first boot reads next to nothing else. One block that both boots of
+    # the capture did without is a megabyte: the index of its pack.
+    assert found.traffic.repository < 4 << 20
     # Nothing of the stock path was made.
     base = user.home('h2') / 'nova/instances/_base'
     name = hashlib.sha1(image.encode()).hexdigest()
