@@ -140,7 +140,7 @@ def _words(values: list[float]) -> str:
 def _witness(bench: Bench) -> str:
     """An image most of which is not in its boot set."""
     file = bench.path / 'witness.raw'
-    witness.Witness(size=96 << 20, lazy=2048).make(file)
+    witness.Witness(size=96 << 20, lazy=2048, every=1).make(file)
     image = bench.user.upload('stalls', file, disk_format='raw')
     file.unlink()
     bench.user.wait_built(image)

@@ -65,8 +65,16 @@ class Capture:
         return {
             'state': self.state, 'reason': self.reason, 'end': self.end,
             'seconds': [round(value, 1) for value in self.seconds],
+            'last_read': self._last_reads(),
             'boots': len(self.seconds), 'devices': self.devices,
         }
+
+    def _last_reads(self) -> list[float]:
+        """When each boot read for the last time (seconds)."""
+        return [round(float(found.max(initial=0)) / 1e6, 1)
+                for number in range(len(self.seconds))
+                for found in [self.trace['time'][
+                    self.trace['boot'] == number]]]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -34,6 +34,8 @@ sys.path[:0] = [str(ROOT / 'tools'), str(ROOT / 'tests' / 'openstack'),
 import parts  # noqa: E402
 import witness  # noqa: E402
 from cloud import layout as layouts  # noqa: E402
+from cloud import node  # noqa: E402
+from cloud.process import Records  # noqa: E402
 from cloud.user import Boot, CloudError, User  # noqa: E402
 
 from bench import result  # noqa: E402
@@ -44,6 +46,9 @@ RECOVERY = 60
 POLL = 0.1
 #: Callers of an agent at the same time.
 CROWD = 50
+#: Where hosts keep fastboot's files, and the disks made for it (bytes).
+PLACE = '/var/lib/fastboot/host'
+DISK = 6 << 30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,6 +159,82 @@ class Lab:
             self.user.inside(host, 'ip', 'link', 'set', 'eth0', 'up')
 
 
+    # Disks that can be filled
+
+    def place(self, host: str) -> pathlib.Path:
+        """What a host sees at PLACE."""
+        record = Records(self.user.layout.run).get(f'node@{host}')
+        assert record, f'{host} is not up'
+        return pathlib.Path('/proc', str(node.first_process(record)),
+                            'root', PLACE.lstrip('/'))
+
+    @contextlib.contextmanager
+    def small_disks(self) -> Iterator[None]:
+        """What fastboot keeps on hosts is on disks of their own.
+
+        They begin empty, as on hosts that are new.
+        """
+        with contextlib.ExitStack() as stack:
+            for host in self.hosts:
+                stack.enter_context(self._small_disk(host))
+            yield
+
+    @contextlib.contextmanager
+    def _small_disk(self, host: str) -> Iterator[None]:
+        file = self.user.home(host) / 'fastboot/disk.img'
+        with file.open('wb') as disk:
+            disk.truncate(DISK)
+        try:
+            with self._without_fastboot(host):
+                self.user.inside(host, 'mkfs.ext4', '-q', '-m', '0', file)
+                self.user.inside(host, 'mount', '-o', 'loop', file, PLACE)
+            try:
+                yield
+            finally:
+                with self._without_fastboot(host):
+                    self.user.inside(host, 'umount', '--lazy', PLACE)
+        finally:
+            file.unlink()
+
+    @contextlib.contextmanager
+    def _without_fastboot(self, host: str) -> Iterator[None]:
+        with self.stopped(f'fastboot-agent@{host}', kill=False):
+            for pid in self.user.processes(host, 'nbdkit'):
+                os.kill(pid, signal.SIGKILL)
+            yield
+
+    @contextlib.contextmanager
+    def full(self, host: str) -> Iterator[None]:
+        """A host whose disk for fastboot has no byte left."""
+        filler = f'{PLACE}/filler'
+        self.user.inside(host, 'sh', '-c', f'cat /dev/zero >{filler}; true')
+        try:
+            yield
+        finally:
+            self.user.inside(host, 'rm', filler)
+
+    @contextlib.contextmanager
+    def other_time(self, seconds: float) -> Iterator[None]:
+        """The clock of all hosts jumps, and back."""
+        _set_clock(seconds)
+        try:
+            yield
+        finally:
+            _set_clock(-seconds)
+            # Nova takes a host for down that was last heard of at a time
+            # to come.
+            self.user.wait(self._all_up, RECOVERY, 'all hosts to be up')
+
+    def _all_up(self) -> bool:
+        return all(service.state == 'up' for service
+                   in self.user.cloud.compute.services())
+
+
+def _set_clock(jump: float) -> None:
+    time.clock_settime(time.CLOCK_REALTIME,
+                       time.clock_gettime(time.CLOCK_REALTIME) + jump)
+
+
 @dataclasses.dataclass(frozen=True)
 class Fault:
     """Something that breaks for some seconds."""
@@ -207,6 +288,14 @@ def _slow(lab: Lab) -> contextlib.AbstractContextManager[None]:
     return lab.slow(lab.rng.choice(lab.hosts))
 
 
+def _full(lab: Lab) -> contextlib.AbstractContextManager[None]:
+    return lab.full(lab.rng.choice(lab.hosts))
+
+
+def _clock(lab: Lab) -> contextlib.AbstractContextManager[None]:
+    return lab.other_time(lab.rng.choice((-3600, -60, 60, 3600)))
+
+
 @contextlib.contextmanager
 def _crowd(lab: Lab) -> Iterator[None]:
     """Fifty ask for images at once; each gets a lease or a refusal."""
@@ -229,7 +318,8 @@ def _crowd(lab: Lab) -> Iterator[None]:
 @contextlib.contextmanager
 def _flip(lab: Lab) -> Iterator[None]:
     """A bit of what a host keeps of the repository is another."""
-    kept = lab.user.home(lab.rng.choice(lab.hosts)) / 'fastboot/host/mirror'
+    host = lab.rng.choice(lab.hosts)
+    kept = lab.place(host) / 'mirror'
     files = sorted(path for name in ('packs', 'manifests')
                    for path in (kept / name).rglob('*') if path.is_file())
     if files:
@@ -269,6 +359,8 @@ FAULTS = [
     Fault('export hangs', _hang_export),
     Fault('link cut', _cut),
     Fault('link slow', _slow),
+    Fault('disk full', _full),
+    Fault('clock jumps', _clock),
     Fault('fifty acquires at once', _crowd),
     Fault('a bit of the mirror flipped', _flip),
     Fault('a server comes while the agent is away', _come_and_go),
@@ -346,10 +438,9 @@ def settle(lab: Lab) -> dict[str, int]:
         left[f'{host}: nbdkits beyond two'] = len(
             lab.user.processes(host, 'nbdkit')) - 2
         left[f'{host}: guests'] = len(lab.user.processes(host, 'qemu-system'))
-        home = lab.user.home(host)
         left[f'{host}: temporary files'] = sum(
             name.endswith(('.tmp', '.new', '.part'))
-            for _, _, names in os.walk(home / 'fastboot/host')
+            for _, _, names in os.walk(lab.place(host))
             for name in names)
     work = lab.user.layout.home(lab.user.layout.control) / 'fastboot/work'
     left['builder: work'] = sum(path.is_file() for path in work.rglob('*'))
@@ -391,8 +482,9 @@ def main() -> int:
         table.save = lambda: None  # type: ignore[method-assign]
     began = time.monotonic()
     try:
-        toll = run(lab, args.faults, args.state_dir, _say(began))
-        left = settle(lab)
+        with lab.small_disks():
+            toll = run(lab, args.faults, args.state_dir, _say(began))
+            left = settle(lab)
     except (AssertionError, CloudError) as error:
         print(f'FAILED, seed {args.seed}: {error}', file=sys.stderr)
         for guest in lab.guests:

@@ -51,6 +51,7 @@ eager: .word 0                   # runs that every boot reads
 lazy: .word 0                    # runs that only servers read
 small: .quad 0                   # sectors of a disk that is no server's
 large: .quad 0                   # the same, of the largest server's
+mask: .word 0                    # bits of a run's number; all 0: a dot
 
 main:
  movw $PM_ENABLE, %dx
@@ -97,9 +98,9 @@ work:
  decw %cx
  jmp 3b
 
-# One for every eight runs.
 dot:
- testb $7, at
+ movw mask, %ax
+ testw %ax, at
  jnz 1f
  movb $'.', %al
  call print_byte

@@ -13,9 +13,10 @@ Some runs are read only on disks of a server's size. A builder's disk is
 smaller or larger, so they are never in a boot set.
 
 What it says on the console: ``login:`` after it has looked at everything
-once, a dot after every eight runs, ``<pass> passed`` after each pass, ``off``
-when the power button was pressed, and ``BAD <page> <found> <expected>`` or
-``EIO <page>``, after which it does nothing any more.
+once, a dot after every eight runs (or ``every``), ``<pass> passed`` after
+each pass, ``off`` when the power button was pressed, and
+``BAD <page> <found> <expected>`` or ``EIO <page>``, after which it does
+nothing any more.
 """
 
 import dataclasses
@@ -36,7 +37,7 @@ PROMPT = 'login:'
 #: Sectors of the largest disk that a server has.
 _LARGE = (8 << 30) // 512
 _MAGIC = 0x5357
-_HEADER = struct.Struct('<HHIHHQQ')
+_HEADER = struct.Struct('<HHIHHQQH')
 _SOURCE = pathlib.Path(__file__).with_name('witness.S')
 
 
@@ -50,6 +51,7 @@ class Witness:
     :ivar lazy: runs that only servers read.
     :ivar rest: ticks (1/18 s) between two runs, which leave the processor
         to others.
+    :ivar every: runs that make a dot, a power of two.
     """
 
     seed: int = dataclasses.field(
@@ -59,6 +61,7 @@ class Witness:
     lazy: int = 64
     first: int = 257
     rest: int = 0
+    every: int = 8
 
     def word(self, page: int, generation: int = 0) -> int:
         """What fills a page."""
@@ -90,7 +93,7 @@ class Witness:
     def _code(self) -> bytes:
         header = _HEADER.pack(self.seed, self.rest, self.first * RUN,
                               self.eager, self.lazy, self.size // 512,
-                              _LARGE)
+                              _LARGE, self.every - 1)
         code = assemble()
         return (bootsector.signed(code[:440]) + header
                 + code[512 + len(header):])
@@ -141,7 +144,7 @@ def passes(console: str) -> int:
 
 
 def steps(console: str) -> int:
-    """How often it got on by eight runs.
+    """How often it got on by eight runs (``Witness.every``).
 
     :raises AssertionError: it found something wrong.
     """

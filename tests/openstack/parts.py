@@ -5,6 +5,7 @@ import contextlib
 import os
 import pathlib
 import signal
+import subprocess
 import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / 'functional'))
@@ -20,6 +21,41 @@ def tiny_disk(directory, text):
     file = directory / f'tiny-{os.urandom(4).hex()}.raw'
     sector = bootsector.sector(text, count=50, first=2048, step=64)
     file.write_bytes(sector + os.urandom((4 << 20) - len(sector)))
+    return file
+
+
+#: What the firmware's own shell does with the disk, and says as a witness.
+_SHELL = r"""@echo -off
+fs0:
+echo login:
+:again
+cp -q proof.bin copy.bin
+comp proof.bin copy.bin > null
+if %lasterror% == 0x0 then
+  echo 1 passed
+else
+  echo BAD copy
+endif
+stall 500000
+goto again
+"""
+
+
+def efi_disk(directory):
+    """A disk that UEFI's shell reads, writes and compares files on."""
+    file = directory / f'efi-{os.urandom(4).hex()}.raw'
+    with file.open('wb') as disk:
+        disk.truncate(64 << 20)
+    subprocess.run(['sfdisk', '-q', file], input='2048,,ef\n', text=True,
+                   check=True)
+    files = {'startup.nsh': _SHELL.replace('\n', '\r\n').encode(),
+             'proof.bin': os.urandom(1 << 20)}
+    partition = f'{file}@@1M'
+    subprocess.run(['mformat', '-i', partition, '-T', str(63 << 11), '-h',
+                    '255', '-s', '63', '::'], check=True)
+    for name, content in files.items():
+        subprocess.run(['mcopy', '-i', partition, '-', f'::{name}'],
+                       input=content, check=True)
     return file
 
 
@@ -66,6 +102,20 @@ def settings(user, host, section, **values):
     finally:
         file.write_text(before)
         user.sandbox('restart', f'nova-compute@{host}')
+
+
+@contextlib.contextmanager
+def shared_instances(user):
+    """Both hosts keep their servers in the same directory, that of h1."""
+    place = user.home('h2') / 'nova/instances'
+    own = place.with_name('instances.own')
+    place.rename(own)
+    place.symlink_to(user.home('h1') / 'nova/instances')
+    try:
+        yield
+    finally:
+        place.unlink()
+        own.rename(place)
 
 
 def stock(user, host):

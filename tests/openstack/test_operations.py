@@ -15,7 +15,14 @@ import time
 
 import pytest
 import witness
-from parts import check_disk, settings, small_image, stock
+from parts import (
+    check_disk,
+    efi_disk,
+    settings,
+    shared_instances,
+    small_image,
+    stock,
+)
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -245,6 +252,50 @@ def test_live_migration_to_a_host_without_the_stub(user, guest, image):
     guest.check()
 
 
+def test_live_migration_with_shared_instances(user, start):
+    with shared_instances(user):
+        guest = start('h1')
+        for _ in range(2):
+            new = guest.other
+            guest.compute.live_migrate_server(guest.id, host=new,
+                                              block_migration='auto')
+            user.wait(lambda there=new: guest.server.status == 'ACTIVE'
+                      and guest.host == there, 180, f'the way to {new}')
+            guest.wait('ACTIVE')
+            guest.goes_on()
+            assert guest.is_ours()
+        assert guest.host == 'h1'
+        guest.check()
+        user.delete(guest.server)
+
+
+def test_evacuation_with_shared_instances(user, start):
+    """The server keeps its disk."""
+    with shared_instances(user):
+        guest = start('h1')
+        with dead_host(user, 'h1'):
+            before = guest_disk(guest)
+            guest.compute.evacuate_server(guest.id, host='h2')
+            user.wait(lambda: guest.host == 'h2'
+                      and guest.server.task_state is None, 180,
+                      'the evacuation')
+            if guest.server.status == 'SHUTOFF':
+                guest.compute.start_server(guest.id)
+            guest.wait('ACTIVE')
+            guest.goes_on()
+        # The old host is back, and leaves the disk alone.
+        time.sleep(5)
+        guest.goes_on()
+        assert guest.is_ours()
+        assert guest.check() > before
+        user.delete(guest.server)
+
+
+def guest_disk(guest):
+    """What the disk of a guest that does not run holds."""
+    return check_disk(guest.user, guest.server, guest.disk)
+
+
 @contextlib.contextmanager
 def dead_host(user, host):
     """nova-compute and all guests of a host are gone."""
@@ -434,6 +485,22 @@ def test_image_properties(user, image, start, properties):
             user.openstack('image', 'unset', '--property', name, image)
 
 
+def test_uefi(user, clean, tmp_path):
+    image = clean.image(small_image(
+        user, 'uefi', efi_disk(tmp_path), disk_format='raw',
+        hw_firmware_type='uefi', hw_machine_type='q35'))
+    boot = clean.boot(user.boot('uefi', image, 'h2', flavor='m1.small',
+                                prompt='passed'))
+    assert boot.log.startswith('hit'), boot.log
+    guest = Guest(user, boot, None)
+    for _ in range(2):
+        guest.goes_on()
+        assert guest.is_ours()
+        guest.compute.reboot_server(guest.id, 'HARD')
+        time.sleep(1)
+        guest.wait('ACTIVE')
+
+
 @pytest.mark.parametrize('service', ['nova-compute', 'libvirtd'])
 def test_restart(user, guest, service):
     user.sandbox('restart', f'{service}@{guest.host}')
@@ -531,6 +598,165 @@ def test_a_server_that_wants_its_image_whole(user, other_image, other_disk,
     assert boot.log.startswith('hit') and boot.log.endswith('complete')
     guest = Guest(user, boot, other_disk)
     assert not any('nbd' in layer for layer in guest.chain())
+    guest.goes_on()
+    guest.check()
+
+
+# Without us, without Glance
+
+
+def lazy_guests(user, host):
+    """The servers that `openstack fastboot host show` names."""
+    return set(user.ask('fastboot', 'host', 'show',
+                        host)['lazy_guests'].split())
+
+
+def make_whole(user, image, *hosts):
+    for host in hosts:
+        user.ask_agent(host, 'POST', '/v1/prepare', {'image': image})
+    for host in hosts:
+        user.wait(lambda host=host: user.agent_state(host, image)
+                  == 'complete', 120, f'the image to be whole on {host}')
+
+
+def big_image(user, clean, tmp_path):
+    """Most of it is not in its boot set: guests of it stay lazy for long.
+
+    :returns: its id, and a function that starts a guest of it.
+    """
+    disk = witness.Witness(size=96 << 20, lazy=2048)
+    image = clean.image(small_image(
+        user, 'big', disk.make(tmp_path / 'big.raw'), disk_format='raw'))
+
+    def begin(host):
+        boot = clean.boot(user.boot('big', image, host, flavor=FLAVOR,
+                                    prompt='.'))
+        assert boot.log.startswith('hit'), boot.log
+        return Guest(user, boot, disk)
+    return image, begin
+
+
+def moves(guest):
+    """It gets on, however far it is."""
+    began = witness.steps(guest.console())
+    guest.user.wait(lambda: (now := witness.steps(guest.console())) < began
+                    or now > began + 1, 60, 'the guest to go on')
+
+
+def test_independent_at_the_next_start(user, clean, tmp_path):
+    """A guest that started lazily, once its image is whole."""
+    image, begin = big_image(user, clean, tmp_path)
+    guest = begin('h1')
+    assert any('nbd' in layer for layer in guest.chain())
+    user.wait(lambda: guest.id in lazy_guests(user, 'h1'), 120,
+              'the host to name it')
+    make_whole(user, image, 'h1')
+    guest.compute.reboot_server(guest.id, 'HARD')
+    time.sleep(1)
+    guest.wait('ACTIVE')
+    assert guest.is_ours()
+    assert not any('nbd' in layer for layer in guest.chain())
+    user.wait(lambda: guest.id not in lazy_guests(user, 'h1'), 120,
+              'the host to forget it')
+    guest.goes_on()
+    guest.check()
+
+
+def test_whole_images_need_nobody(user, start, other_image, other_disk,
+                                  clean):
+    """Agents, exports, shields and the repository are gone."""
+    make_whole(user, other_image, 'h1', 'h2')
+    guests = [Guest(user, clean.boot(user.boot(
+        'whole', other_image, host, flavor=FLAVOR, prompt=witness.PROMPT)),
+        other_disk) for host in ('h1', 'h2')]
+    with contextlib.ExitStack() as stack:
+        for service in ('fastboot-agent@h1', 'fastboot-agent@h2',
+                        'repository'):
+            user.sandbox('stop', service)
+            stack.callback(user.sandbox, 'start', service)
+        for host in ('h1', 'h2'):
+            user.inside(host, 'sh', '-c', 'pkill -9 nbdkit; true')
+        for guest in guests:
+            guest.goes_on()
+        guest, other = guests
+        guest.stop()
+        before = guest.check()
+        guest.compute.start_server(guest.id)
+        guest.wait('ACTIVE')
+        guest.goes_on()
+        assert guest.is_ours()
+        found = clean.image(guest.compute.create_server_image(
+            guest.id, 'whole', metadata={'fastboot': 'off'}).id)
+        user.wait(lambda: user.cloud.image.get_image(found).status
+                  == 'active', 180, 'the snapshot')
+        guest.wait('ACTIVE')
+        guest.compute.resize_server(
+            guest.id, guest.compute.find_flavor('m1.small').id)
+        guest.wait('VERIFY_RESIZE')
+        guest.compute.confirm_server_resize(guest.id)
+        guest.wait('ACTIVE')
+        guest.goes_on()
+        assert guest.check() > before
+        other.goes_on()
+        other.check()
+
+
+def test_the_image_is_gone(user, clean, tmp_path):
+    """Deleted while one guest runs and another is off; then Glance is."""
+    image, begin = big_image(user, clean, tmp_path)
+    running, off = begin('h1'), begin('h1')
+    off.stop()
+    user.cloud.image.delete_image(image)
+    user.wait(lambda: user.agent_state('h1', image) == 'stale', 120,
+              'the host to hear of it')
+    user.sandbox('stop', 'glance')
+    try:
+        moves(running)
+        for guest in (off, running):
+            if guest is running:
+                guest.stop()
+            guest.compute.start_server(guest.id)
+            guest.wait('ACTIVE')
+            guest.goes_on()
+            assert guest.is_ours()
+            guest.check()
+    finally:
+        user.sandbox('start', 'glance')
+
+
+@pytest.mark.parametrize('ask', ['suspend', 'snapshot', 'migrate', 'delete'])
+def test_operations_in_an_outage(user, clean, tmp_path, ask):
+    """They end or fail as they do elsewhere; the guest is none the worse."""
+    _, begin = big_image(user, clean, tmp_path)
+    guest = begin('h1')
+    compute = guest.compute
+    user.sandbox('stop', 'fastboot-agent@h1')
+    try:
+        user.inside('h1', 'sh', '-c', 'pkill -9 nbdkit; true')
+        with contextlib.suppress(Exception):  # a refusal is an end
+            if ask == 'suspend':
+                compute.suspend_server(guest.id)
+            elif ask == 'snapshot':
+                clean.image(compute.create_server_image(
+                    guest.id, 'outage', metadata={'fastboot': 'off'}).id)
+            elif ask == 'migrate':
+                compute.live_migrate_server(guest.id, host='h2',
+                                            block_migration='auto')
+            else:
+                compute.delete_server(guest.id)
+        time.sleep(2)
+        user.wait(lambda: (found := compute.find_server(guest.id)) is None
+                  or found.task_state is None, 120, f'the end of {ask}')
+    finally:
+        user.sandbox('start', 'fastboot-agent@h1')
+    if ask == 'delete':
+        assert compute.find_server(guest.id) is None
+        return
+    if guest.server.status == 'SUSPENDED':
+        compute.resume_server(guest.id)
+        guest.wait('ACTIVE')
+    assert guest.server.status == 'ACTIVE'
+    moves(guest)
     guest.goes_on()
     guest.check()
 
