@@ -6,6 +6,7 @@ would open a disk's chain by itself, or destroy a guest before looking.
 Imports nova; only nova-compute loads it.
 """
 
+import contextlib
 import functools
 import os
 import pathlib
@@ -133,14 +134,37 @@ class FastbootLibvirtDriver(driver.LibvirtDriver):
             *args: Any, **kwargs: Any) -> Any:
         """Nova's check, and whether the destination has this driver.
 
-        :raises MigrationPreCheckError: it has not, and is needed.
+        :raises MigrationPreCheckError: it has not, and is needed; or the
+            guest stands still, because blocks of its disk do not come.
         """
-        if _stubs(instance) and \
-                not dest_check_data.filename.endswith(f'.{MARK}'):
-            raise nova_exception.MigrationPreCheckError(
-                reason=_refusal('the destination'))
+        if _stubs(instance):
+            if not dest_check_data.filename.endswith(f'.{MARK}'):
+                raise nova_exception.MigrationPreCheckError(
+                    reason=_refusal('the destination'))
+            self._check_not_waiting(instance)
         return super().check_can_live_migrate_source(
             context, instance, dest_check_data, *args, **kwargs)
+
+    def _check_not_waiting(self, instance: Any) -> None:
+        # libvirt would have it paused by a user at the destination, where
+        # nobody would let it go on (9.0).
+        waiting = [driver.libvirt.VIR_DOMAIN_PAUSED,
+                   driver.libvirt.VIR_DOMAIN_PAUSED_IOERROR]
+        if self._host.get_guest(instance)._domain.state() == waiting:
+            raise nova_exception.MigrationPreCheckError(
+                reason='the server stands still, because blocks of its disk '
+                       'cannot be read now; it goes on, and can be '
+                       'migrated, once fastboot-agent and its repository '
+                       'are back')
+
+    def _wait_for_running(self, instance: Any) -> None:
+        # Of a resume. A guest that stood still when it was suspended does
+        # so when it is restored, and Nova would wait for ever.
+        with contextlib.suppress(driver.libvirt.libvirtError):
+            domain = self._host.get_guest(instance)._domain
+            if domain.state()[0] == driver.libvirt.VIR_DOMAIN_PAUSED:
+                domain.resume()
+        super()._wait_for_running(instance)
 
     def migrate_disk_and_power_off(
             self, context: Any, instance: Any, dest: str, *args: Any,

@@ -44,8 +44,8 @@ goto again
 def efi_disk(directory):
     """A disk that UEFI's shell reads, writes and compares files on."""
     file = directory / f'efi-{os.urandom(4).hex()}.raw'
-    with file.open('wb') as disk:
-        disk.truncate(64 << 20)
+    # What boots it in a builder, which has no UEFI.
+    bootsector.disk(file, 64 << 20, bootsector.sector(b'login: '))
     subprocess.run(['sfdisk', '-q', file], input='2048,,ef\n', text=True,
                    check=True)
     files = {'startup.nsh': _SHELL.replace('\n', '\r\n').encode(),
@@ -106,14 +106,27 @@ def settings(user, host, section, **values):
 
 @contextlib.contextmanager
 def shared_instances(user):
-    """Both hosts keep their servers in the same directory, that of h1."""
+    """Both hosts keep their servers in the same directory, that of h1.
+
+    libvirt migrates between hosts that share a file system of a kind that
+    it knows. This one calls itself GlusterFS.
+    """
+    shared = user.home('h1') / 'nova/instances'
     place = user.home('h2') / 'nova/instances'
     own = place.with_name('instances.own')
     place.rename(own)
-    place.symlink_to(user.home('h1') / 'nova/instances')
+    place.symlink_to(shared)
+    mounts = {'h1': '/var/lib/nova/instances', 'h2': shared}
     try:
+        for host, mount in mounts.items():
+            user.inside(host, 'bindfs', '--multithreaded',
+                        '--forward-odirect=4096', '-o',
+                        'subtype=glusterfs,fsname=shared,direct_io,nonempty',
+                        shared, mount)
         yield
     finally:
+        for host, mount in mounts.items():
+            user.inside(host, 'umount', '--lazy', mount, check=False)
         place.unlink()
         own.rename(place)
 

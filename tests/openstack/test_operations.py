@@ -15,6 +15,7 @@ import time
 
 import pytest
 import witness
+from cloud.user import CloudError
 from parts import (
     check_disk,
     efi_disk,
@@ -486,11 +487,30 @@ def test_image_properties(user, image, start, properties):
 
 
 def test_uefi(user, clean, tmp_path):
+    """A server of ours goes on; or Nova's own driver fails, too.
+
+    Nova 34 writes an attribute (secure) of the loader that libvirt 9.0 does
+    not take.
+    """
     image = clean.image(small_image(
         user, 'uefi', efi_disk(tmp_path), disk_format='raw',
         hw_firmware_type='uefi', hw_machine_type='q35'))
-    boot = clean.boot(user.boot('uefi', image, 'h2', flavor='m1.small',
-                                prompt='passed'))
+
+    def begin():
+        try:
+            return clean.boot(user.boot('uefi', image, 'h2',
+                                        flavor='m1.small', prompt='passed'))
+        except CloudError as error:
+            found = user.cloud.compute.find_server('uefi')
+            if found:
+                user.delete(found)
+            return str(error)
+
+    boot = begin()
+    if isinstance(boot, str):
+        with stock(user, 'h2'):
+            assert isinstance(begin(), str), boot
+        pytest.skip(f'Nova itself cannot start it: {boot}')
     assert boot.log.startswith('hit'), boot.log
     guest = Guest(user, boot, None)
     for _ in range(2):
@@ -607,8 +627,7 @@ def test_a_server_that_wants_its_image_whole(user, other_image, other_disk,
 
 def lazy_guests(user, host):
     """The servers that `openstack fastboot host show` names."""
-    return set(user.ask('fastboot', 'host', 'show',
-                        host)['lazy_guests'].split())
+    return set(user.ask('fastboot', 'host', 'show', host)['lazy_guests'])
 
 
 def make_whole(user, image, *hosts):
