@@ -207,7 +207,10 @@ class Lab:
     def full(self, host: str) -> Iterator[None]:
         """A host whose disk for fastboot has no byte left."""
         filler = f'{PLACE}/filler'
-        self.user.inside(host, 'sh', '-c', f'cat /dev/zero >{filler}; true')
+        self.user.inside(
+            host, 'sh', '-c',
+            f'fallocate -l $(df --output=avail -B1 {PLACE} | tail -1) '
+            f'{filler}; cat /dev/zero >>{filler}; true')
         try:
             yield
         finally:
@@ -376,9 +379,9 @@ OFTEN = {'fastboot-agent killed', 'a server of the export killed',
 Toll = dict[str, list[float]]
 
 
-def run(lab: Lab, count: int, directory: pathlib.Path,
+def run(lab: Lab, faults: list[Fault], count: int, directory: pathlib.Path,
         say: Callable[[str], None]) -> Toll:
-    """Inject faults.
+    """Inject some of `faults`, `count` in all.
 
     :raises AssertionError: a guest was harmed, or did not go on.
     """
@@ -387,9 +390,9 @@ def run(lab: Lab, count: int, directory: pathlib.Path,
     for host in lab.hosts:
         for image in images:
             lab.guests.append(lab.start(image, host))
-    weights = [4 if fault.name in OFTEN else 1 for fault in FAULTS]
+    weights = [4 if fault.name in OFTEN else 1 for fault in faults]
     for number in range(count):
-        (fault,) = lab.rng.choices(FAULTS, weights)
+        (fault,) = lab.rng.choices(faults, weights)
         seconds = lab.rng.choice((0.0, 0.3, 1.0, 3.0))
         # Now and then a new guest of a new image: blocks that nobody has
         # read yet.
@@ -472,18 +475,23 @@ def main() -> int:
                         help='of the sandbox, which is up')
     parser.add_argument('--faults', type=int, default=500)
     parser.add_argument('--seed', type=int, default=1)
+    parser.add_argument('--only', metavar='WORD',
+                        help='faults with this in their names, and print '
+                             'only')
     parser.add_argument('--no-results', action='store_true',
                         help='print only')
     args = parser.parse_args()
     user = User(layouts.load(args.state_dir.absolute()))
     lab = Lab(user, random.Random(args.seed))
     table = result.Table('faults')
-    if args.no_results:
+    faults = [fault for fault in FAULTS if (args.only or '') in fault.name]
+    if args.no_results or args.only:
         table.save = lambda: None  # type: ignore[method-assign]
     began = time.monotonic()
     try:
         with lab.small_disks():
-            toll = run(lab, args.faults, args.state_dir, _say(began))
+            toll = run(lab, faults, args.faults, args.state_dir,
+                       _say(began))
             left = settle(lab)
     except (AssertionError, CloudError) as error:
         print(f'FAILED, seed {args.seed}: {error}', file=sys.stderr)
