@@ -37,11 +37,12 @@ _USER_DATA: Final = b'#cloud-config\n{}\n'
 
 
 def build(path: pathlib.Path, hostname: str = 'fastboot',
-          user_data: bytes = _USER_DATA) -> None:
+          user_data: bytes = _USER_DATA, *, network: bool = True) -> None:
     """Write an ISO image with a new instance's metadata.
 
     :param path: the file to make or overwrite.
     :param user_data: what cloud-init runs.
+    :param network: describe an interface; cloud-init fails without it.
     """
     meta_data = {
         'uuid': str(uuid.uuid4()), 'name': hostname, 'hostname': hostname,
@@ -50,9 +51,10 @@ def build(path: pathlib.Path, hostname: str = 'fastboot',
     }
     files = {
         'meta_data.json': json.dumps(meta_data).encode(),
-        'network_data.json': json.dumps(_NETWORK).encode(),
         'user_data': user_data,
     }
+    if network:
+        files['network_data.json'] = json.dumps(_NETWORK).encode()
     iso = pycdlib.PyCdlib()
     iso.new(vol_ident=_LABEL, joliet=3, rock_ridge='1.09')
     iso.add_directory('/OPENSTAC', rr_name='openstack',
