@@ -53,8 +53,7 @@ _DRIVE: Final = 'config.iso'
 _CONSOLE: Final = 'console.log'
 _PORT: Final = 'port.sock'
 _SAVE: Final = 'save'
-_PHASES: Final = ('libvirt', 'boot', 'unplug', 'quiesce', 'squeeze',
-                  'save')
+_PHASES: Final = ('libvirt', 'boot', 'unplug', 'quiesce', 'save')
 #: Seconds behind the guest's own time: libvirt asks QEMU what it can do,
 #: and the guest is brought to rest and saved.
 _AROUND: Final = 300
@@ -218,7 +217,7 @@ class _Bakery:
                             self._size)
         files.touch(room / _DRIVE)
         configdrive.build(room / _DRIVE, 'baking', activation.user_data(),
-                          network=False)
+                          plain=True)
         files.touch(room / _CONSOLE)
         self._sandbox.own(room)
         return template.Places(room / _DISK, room / _SOCKET, room / _DRIVE,
@@ -237,7 +236,6 @@ class _Bakery:
         request = json.dumps({
             'room': str(room), 'uid': uid, 'gid': gid, 'port': _PORT,
             'save': _SAVE, 'timeout': self._options.timeout,
-            'memory': self._config.memory,
             'xml': template.build(self._config, 'baking', str(self._uuid),
                                   places)}).encode() + b'\n'
         with (room.parent / 'oven.log').open('wb') as log:
@@ -325,21 +323,20 @@ class _Bakery:
         disk = _part(directory / artifact.DISK)
         with (directory / artifact.MEMORY).open('rb') as file:
             head = savefile.SaveFile.read(file.fileno())
-            tree = document.parse(head.xml)
             found = artifact.Description(
-                self._key(tree), artifact.Machine.of(self._config),
+                self._key(head), artifact.Machine.of(self._config),
                 identity.find(file.fileno(), head.stream, self._uuid),
                 self._size, {artifact.MEMORY: memory, artifact.DISK: disk},
                 int(time.time()))
         artifact.write(directory, found)
         return found
 
-    def _key(self, tree: document.Element) -> key.Key:
-        if tree.findtext('uuid') != str(self._uuid):
+    def _key(self, head: savefile.SaveFile) -> key.Key:
+        if document.parse(head.xml).findtext('uuid') != str(self._uuid):
             raise _NotBaked('what was saved is another guest')
         return key.Key(
             self._config.arch, self._config.virt_type, self._config.machine,
-            qemu.package(), savefile.VERSION, key.cpu_of(tree),
+            qemu.package(), savefile.VERSION, key.cpu_of(head.cookie),
             template.digest(self._config), activation.RECIPE)
 
 

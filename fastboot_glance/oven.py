@@ -39,9 +39,6 @@ save_image_format = "raw"
 """
 _UNPLUG_SECONDS: Final = 60
 _QUIESCE_SECONDS: Final = 60
-_BALLOON_SECONDS: Final = 30
-#: MiB that a guest keeps when all that it can spare is taken for a moment.
-_KEPT: Final = 48
 _TICK: Final = 0.1
 
 
@@ -141,18 +138,15 @@ class Oven:
         self._unplug()
         tell(phase='quiesce')
         self._port.send(activation.QUIESCE)
-        spare = self._await(activation.QUIET, _QUIESCE_SECONDS,
-                            'it did not come to rest')
-        tell(phase='squeeze')
-        self._squeeze(spare or 0)
+        self._await(activation.QUIET, _QUIESCE_SECONDS,
+                    'it did not come to rest')
         tell(phase='save')
         self._domain.saveFlags(
             str(self._room / self._request['save']), None,
             libvirt.VIR_DOMAIN_SAVE_RUNNING)
 
-    def _await(self, word: str, seconds: float, otherwise: str
-               ) -> int | None:
-        """Wait for a word of the guest; the number behind it.
+    def _await(self, word: str, seconds: float, otherwise: str) -> None:
+        """Wait for a word of the guest.
 
         :raises Failed: it did not come in time, or another one did.
         """
@@ -163,7 +157,7 @@ class Oven:
                     raise Failed('it can neither import cloud-init nor '
                                  'reseed its random numbers')
                 if line.word == word:
-                    return line.number
+                    return
         raise Failed(f'{otherwise} ({seconds:.0f} seconds)')
 
     def _unplug(self) -> None:
@@ -186,28 +180,6 @@ class Oven:
             if target is not None and target.get('dev') == template.DRIVE:
                 return disk
         raise Failed('the drive is gone')
-
-    def _squeeze(self, spare: int) -> None:
-        """Take all memory that the guest can spare, and give it back.
-
-        What the balloon had is zeros, and costs nothing to save.
-
-        :param spare: MiB, by the guest's own word.
-        """
-        memory: int = self._request['memory']
-        low = max(memory - max(spare - _KEPT, 0), memory // 4)
-        for mib in (low, memory):
-            self._domain.setMemoryFlags(
-                mib << 10, libvirt.VIR_DOMAIN_AFFECT_LIVE)
-            end = time.monotonic() + _BALLOON_SECONDS
-            while (self._actual() != mib and time.monotonic() < end):
-                time.sleep(_TICK)
-            print('balloon', spare, mib, self._actual(), file=sys.stderr)
-        if self._actual() != memory:
-            raise Failed('it does not take its memory back')
-
-    def _actual(self) -> int:
-        return int(self._domain.memoryStats()['actual']) >> 10
 
 
 def reap() -> None:

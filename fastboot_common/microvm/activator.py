@@ -9,10 +9,11 @@ activation.py; both speak as reference/microvm says.
 """
 
 import collections.abc
-import contextlib
 import fcntl
+import gc
 import glob
 import importlib
+import mmap
 import os
 import pkgutil
 import random
@@ -31,12 +32,13 @@ RNDADDENTROPY, RNDRESEEDCRNG = 0x40085203, 0x5207
 LINE_LIMIT = 4096
 SETTLE_SECONDS = 180
 PLUG_SECONDS = 8
+#: MiB that stay free when the rest is wiped, and bytes wiped at a time.
+WIPE_MARGIN, WIPE_PIECE = 10, 4 << 20
 MEMORY = '/sys/devices/system/memory/memory[0-9]*'
 CPUS = '/sys/devices/system/cpu/cpu[0-9]*'
 #: Of a server's first boot; whoever has them twice has two servers.
 STATE = ('/var/lib/cloud/instance', '/var/lib/cloud/instances',
-         '/var/lib/cloud/data', '/var/lib/cloud/sem',
-         '/var/lib/cloud/seed', '/run/cloud-init')
+         '/var/lib/cloud/data', '/var/lib/cloud/sem', '/run/cloud-init')
 SECRETS = ('/etc/ssh/ssh_host_*key*', '/var/lib/systemd/random-seed',
            '/var/lib/dhcp/*', '/var/lib/dhclient/*', '/var/lib/dhcpcd/*',
            '/var/lib/NetworkManager/*.lease',
@@ -173,14 +175,40 @@ def forget(started: float) -> None:
     os.makedirs('/run/cloud-init', exist_ok=True)
 
 
-def quiesce() -> int:
-    """Leave as little in memory as the guest can; the MiB it can spare."""
+def free() -> int:
+    """MiB that nothing is in."""
+    found = re.search(r'MemFree: *(\d+) kB', read('/proc/meminfo'))
+    return int(found.group(1)) >> 10 if found else 0
+
+
+def wipe() -> None:
+    """Fill free memory with zeros, which cost nothing to save.
+
+    A page that was freed keeps what was in it. In a child, as the kernel may
+    kill who takes the last.
+    """
+    child = os.fork()
+    if child:
+        os.waitpid(child, 0)
+        return
+    try:
+        write('/proc/self/oom_score_adj', '1000')
+        held = []
+        while free() > WIPE_MARGIN:
+            piece = mmap.mmap(-1, WIPE_PIECE)
+            for at in range(0, WIPE_PIECE, mmap.PAGESIZE):
+                piece[at] = 0
+            held.append(piece)
+    finally:
+        os._exit(0)
+
+
+def quiesce() -> None:
+    """Leave as little in memory and in the air as the guest can."""
+    gc.collect()
     os.sync()
     write('/proc/sys/vm/drop_caches', '3')
-    with contextlib.suppress(OSError):
-        write('/proc/sys/vm/compact_memory', '1')
-    found = re.search(r'MemAvailable: *(\d+) kB', read('/proc/meminfo'))
-    return int(found.group(1)) >> 10 if found else 0
+    wipe()
 
 
 # After it woke up as a server
@@ -201,25 +229,26 @@ def randomize(entropy: bytes) -> None:
     random.seed()
 
 
-def online(path: str, value: str) -> None:
-    """Switch on what was plugged, unless it is on."""
-    try:
-        if read(path) != value:
-            write(path, value)
-    except OSError as error:
-        print(path, error, file=sys.stderr)
+def switch_on(pattern: str, value: str, known: 'set[str]') -> None:
+    """Switch on what was plugged; each is looked at once."""
+    for path in set(glob.glob(pattern)) - known:
+        try:
+            if read(path) != value:
+                write(path, value)
+            known.add(path)
+        except OSError as error:  # it is tried again
+            print(path, error, file=sys.stderr)
 
 
 def wait_for_hardware(cpus: int, blocks: int) -> None:
     """Switch on processors and memory when the kernel has found them."""
     deadline = time.monotonic() + PLUG_SECONDS
+    known = set()  # type: set[str]
     while True:
-        for path in glob.glob(CPUS + '/online'):
-            online(path, '1')
-        for path in glob.glob(MEMORY + '/state'):
-            online(path, 'online')
+        switch_on(CPUS + '/online', '1', known)
+        switch_on(MEMORY + '/state', 'online', known)
         on = os.sysconf('SC_NPROCESSORS_ONLN')
-        if on >= cpus and len(glob.glob(MEMORY)) >= blocks:
+        if on >= cpus and len(glob.glob(MEMORY + '/state')) >= blocks:
             return
         if time.monotonic() > deadline:
             raise RuntimeError('plugged hardware does not come')
@@ -330,11 +359,12 @@ def main() -> None:
         run('systemctl', 'stop', *services)
     machine = read('/etc/machine-id')
     forget(started)
-    blocks = len(glob.glob(MEMORY))
+    blocks = len(glob.glob(MEMORY + '/state'))
     say(port, 'READY')
     for words in lines(port):
         if words[:1] == ['QUIESCE']:
-            say(port, 'QUIET', quiesce())
+            quiesce()
+            say(port, 'QUIET')
         elif words[:1] == ['ACTIVATE']:
             break
     try:

@@ -93,6 +93,17 @@ services() {
     done
 }
 
+# Fill free memory with zeros, which cost nothing to save.
+wipe() {
+    count=$(($(sed -n 's/^MemFree: *\([0-9]*\) kB/\1/p' /proc/meminfo) \
+        / 1024 - 16))
+    mkdir -p /run/fastboot/fill
+    mount -t tmpfs -o size=100% none /run/fastboot/fill || return
+    dd if=/dev/zero of=/run/fastboot/fill/zeros bs=1M count=$count \
+        2>/dev/null
+    umount /run/fastboot/fill
+}
+
 tries=0
 while [ ! -e /run/cloud-init/result.json ] && [ $tries -lt 180 ]; do
     sleep 1
@@ -105,8 +116,7 @@ stopped=$(services)
 machine=$(cat /etc/machine-id)
 forget
 rm -rf /var/lib/cloud/instance /var/lib/cloud/instances \
-    /var/lib/cloud/data /var/lib/cloud/sem /var/lib/cloud/seed \
-    /run/cloud-init
+    /var/lib/cloud/data /var/lib/cloud/sem /run/cloud-init
 find /var/log -maxdepth 1 -type f -newer /proc/1 \
     -exec truncate -s 0 {} +
 before=$(blocks)
@@ -116,8 +126,8 @@ while read -r word version uuid name clock count memory entropy <&3; do
     QUIESCE)
         sync
         echo 3 > /proc/sys/vm/drop_caches
-        say QUIET "$(($(sed -n 's/^MemAvailable: *\([0-9]*\) kB/\1/p' \
-            /proc/meminfo) / 1024))" ;;
+        wipe
+        say QUIET ;;
     ACTIVATE) break ;;
     esac
 done

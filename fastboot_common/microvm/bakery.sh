@@ -3,7 +3,7 @@
 # User data of a guest that is baked. cloud-init runs it as root at the end
 # of the first boot. All that it leaves is in /run, that is in memory.
 umask 077
-mkdir -p /run/fastboot /run/udev/rules.d
+mkdir -p /run/fastboot
 cat > /run/fastboot/activator.py <<'END-OF-ACTIVATOR'
 @activator.py@
 END-OF-ACTIVATOR

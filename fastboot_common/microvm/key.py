@@ -96,15 +96,20 @@ class Key:
         return cls.from_json(value)
 
 
-def cpu_of(tree: document.Element) -> str:
-    """The processor of a domain as it runs, in one form.
+def cpu_of(cookie: str) -> str:
+    """The processor of a guest that was saved, in one form.
 
-    :raises Corrupt: libvirt has not expanded it.
+    libvirt notes in its cookie what the processor came to be when QEMU ran,
+    and compares with that when it restores; the domain's own XML still says
+    what was asked for.
+
+    :param cookie: of the save file.
+    :raises Corrupt: it says nothing of it.
     """
-    cpu = tree.find('cpu')
+    cpu = document.parse(cookie, 'cookie').find('cpu')
     model = None if cpu is None else cpu.findtext('model')
     if cpu is None or not model or cpu.get('mode') != 'custom':
-        raise exception.Corrupt('key: the domain names no processor')
+        raise exception.Corrupt('key: the save file names no processor')
     signs = {'require': '+', 'disable': '-'}
     features = sorted(
         signs.get(one.get('policy', ''), '?') + one.get('name', '')

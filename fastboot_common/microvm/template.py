@@ -139,9 +139,10 @@ def root_disk(tree: document.Element) -> document.Element:
 
     :raises Corrupt: there is none.
     """
-    for disk in tree.iterfind("devices/disk[@device='disk']"):
+    for disk in tree.iterfind('devices/disk'):
         target = disk.find('target')
-        if target is not None and target.get('dev') == ROOT:
+        if (disk.get('device', 'disk') == 'disk' and target is not None
+                and target.get('dev') == ROOT):
             return disk
     raise exception.Corrupt(f'the domain has no disk {ROOT}')
 

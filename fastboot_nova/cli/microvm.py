@@ -47,7 +47,13 @@ class Resume(base.ShowOne):
     def take_action(self, parsed_args: argparse.Namespace) -> Any:
         """Resume it and say how long each phase took."""
         # Only here is libvirt needed.
-        from fastboot_nova.microvm import connection, disk, lane, resume
+        from fastboot_nova.microvm import (
+            compatible,
+            connection,
+            disk,
+            lane,
+            resume,
+        )
         args = parsed_args
         name = journal.validate_image_id(args.name)
         home = self.env.state_dir / 'microvms' / name
@@ -55,21 +61,18 @@ class Resume(base.ShowOne):
             raise exception.Exists(f'there is a server in {home}')
         description = artifact.read(args.directory)
         server = self._server(args, home, description)
-        files.make_directory(home.parent)
-        # libvirt's QEMU has an account of its own.
-        for path in (home.parent, home):
-            path.mkdir(exist_ok=True)
-            path.chmod(0o711)
         size = max(description.virtual_size, int(
             (args.disk_gib or 0) * 2**30))
         with contextlib.ExitStack() as undo, \
                 connection.opened(args.uri) as libvirt:
+            compatible.check(description.key, libvirt)
+            _make(home)
             undo.callback(_remove, home)
             disk.make(args.directory, server.disk, size)
             configdrive.build(
                 server.config_drive, activation.hostname(name),
                 args.user_data.read_bytes() if args.user_data
-                else b'#cloud-config\n{}\n', network=False)
+                else b'#cloud-config\n{}\n', plain=True)
             one = lane.Lane.create(args.directory, home / 'lane')
             undo.callback(one.remove)
             options = {'deadline': args.deadline} if args.deadline else {}
@@ -96,6 +99,14 @@ class Resume(base.ShowOne):
 
 def _tell(phase: str) -> None:
     print(f'{phase} ...', file=sys.stderr, flush=True)
+
+
+def _make(home: pathlib.Path) -> None:
+    """Directories that libvirt's QEMU, which has an account, can pass."""
+    files.make_directory(home.parent)
+    for path in (home.parent, home):
+        path.mkdir(exist_ok=True)
+        path.chmod(0o711)
 
 
 def _remove(home: pathlib.Path) -> None:

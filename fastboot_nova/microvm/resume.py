@@ -77,7 +77,8 @@ def resume(connection: Any, lane: Lane, spec: Spec, *,
            told: Callable[[str], None] | None = None) -> Resumed:
     """Resume a copy of the guest in `lane` as the instance of `spec`.
 
-    :param connection: to libvirt.
+    :param connection: to libvirt; :func:`compatible.check` has seen that
+        this host can run what is in the lane.
     :param told: called at the end of each phase with its name.
     :raises Unsuitable: the instance cannot be such a copy; nothing was done.
     :raises ResumeFailed: it did not come up.

@@ -125,13 +125,12 @@ class TestKey:
         with pytest.raises(exception.Corrupt):
             key.Key.parse(json.dumps(value).encode())
 
-    def test_the_processor_of_a_domain(self):
-        tree = document.parse(microvms.saved_xml())
-        tree.find('cpu').set('mode', 'custom')
-        assert key.cpu_of(tree) == 'Westmere,+sse4.2'
-        tree.find('cpu').set('mode', 'host-model')
-        with pytest.raises(exception.Corrupt):
-            key.cpu_of(tree)
+    def test_the_processor_is_the_cookies(self):
+        assert key.cpu_of(microvms.COOKIE) == 'Westmere,+sse4.2,-aes'
+        for cookie in ('', '<cookie/>', '<cookie><cpu mode="host-model">'
+                       '<model>x</model></cpu></cookie>', '<domain/>'):
+            with pytest.raises(exception.Corrupt):
+                key.cpu_of(cookie)
 
 
 class TestTemplate:
