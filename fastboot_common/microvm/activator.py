@@ -32,6 +32,7 @@ RNDADDENTROPY, RNDRESEEDCRNG = 0x40085203, 0x5207
 LINE_LIMIT = 4096
 SETTLE_SECONDS = 180
 PLUG_SECONDS = 8
+KEY_SECONDS = 30
 #: MiB that stay free when the rest is wiped, and bytes wiped at a time.
 WIPE_MARGIN, WIPE_PIECE = 10, 4 << 20
 MEMORY = '/sys/devices/system/memory/memory[0-9]*'
@@ -256,7 +257,7 @@ def wait_for_hardware(cpus: int, blocks: int) -> None:
 
 
 def rename(uuid: str, hostname: str) -> None:
-    """Become somebody: ids, name, seeds and keys."""
+    """Become somebody: ids, name and seed."""
     machine = uuid.replace('-', '') + '\n'
     write('/etc/machine-id', machine)
     other = '/var/lib/dbus/machine-id'
@@ -264,17 +265,24 @@ def rename(uuid: str, hostname: str) -> None:
         write(other, machine)
     socket.sethostname(hostname)
     write('/etc/hostname', hostname + '\n')
-    remove(SECRETS)
     if os.path.isdir('/var/lib/systemd'):
         with open('/var/lib/systemd/random-seed', 'wb') as file:
             os.fchmod(file.fileno(), 0o600)
             file.write(os.urandom(512))
-    if shutil.which('ssh-keygen') and os.path.isdir('/etc/ssh'):
-        # cloud-init makes the kinds that lack; RSA takes seconds.
-        for kind in ('ed25519', 'ecdsa'):
-            run('ssh-keygen', '-q', '-t', kind, '-N', '', '-C',
-                'root@' + hostname, '-f',
-                '/etc/ssh/ssh_host_' + kind + '_key')
+
+
+def begin_keys(hostname: str) -> 'list[subprocess.Popen[bytes]]':
+    """Begin to make host keys, which takes a while; for clients may come
+    before cloud-init does. It makes the kinds that lack: RSA takes seconds.
+    """
+    remove(SECRETS)
+    if not shutil.which('ssh-keygen') or not os.path.isdir('/etc/ssh'):
+        return []
+    return [subprocess.Popen(
+        ['ssh-keygen', '-q', '-t', kind, '-N', '', '-C', 'root@' + hostname,
+         '-f', '/etc/ssh/ssh_host_' + kind + '_key'],
+        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        for kind in ('ed25519', 'ecdsa')]
 
 
 def stage(main: 'types.ModuleType', *words: str) -> int:
@@ -338,10 +346,13 @@ def activate(port: int, main: 'types.ModuleType', words: 'list[str]',
     say(port, 'RANDOM')
     time.clock_settime(time.CLOCK_REALTIME, float(clock))
     say(port, 'CLOCK')
+    keys = begin_keys(hostname)
     size = int(read('/sys/devices/system/memory/block_size_bytes'), 16)
     wait_for_hardware(int(cpus), blocks + (int(memory) << 20) // size)
     say(port, 'PLUGGED')
     rename(uuid, hostname)
+    for key in keys:
+        key.wait(KEY_SECONDS)
     say(port, 'IDENTITY')
     be_born(port, main, services, machine)
 

@@ -28,10 +28,12 @@ _BEHIND: Final = ('serial', 'console', 'graphics')
 _KNOWN: Final = frozenset((
     *_OWN, 'genid', 'memory', 'currentMemory', 'maxMemory', 'vcpu',
     'sysinfo', 'os', 'features', 'cpu', 'clock', 'on_poweroff', 'on_reboot',
-    'on_crash', 'pm', 'devices', 'perf'))
+    'on_crash', 'pm', 'devices', 'perf', 'iothreads'))
 _KNOWN_DEVICES: Final = frozenset((
     *_BEHIND, 'emulator', 'disk', 'controller', 'interface', 'channel',
     'input', 'video', 'memballoon', 'rng', 'audio'))
+#: Others need a device of the host's, or memory that another shares.
+_INTERFACES: Final = frozenset(('bridge', 'ethernet', 'network', 'user'))
 _MEMORY_BLOCK: Final = 128
 _UNITS: Final = {'b': 1, 'bytes': 1, 'KB': 1000, 'k': 1 << 10,
                  'KiB': 1 << 10, 'MB': 10**6, 'M': 1 << 20, 'MiB': 1 << 20,
@@ -109,9 +111,11 @@ def live(saved: str, one: Instance) -> str:
     devices = tree.find('devices')
     if devices is None:
         raise exception.Corrupt('the saved domain has no devices')
-    own = one.tree.find('devices')
     for tag in _BEHIND:
-        _replace(devices, tag, [] if own is None else own.findall(tag))
+        _replace(devices, tag, one.tree.findall(f'devices/{tag}'))
+    if devices.find('serial') is None:
+        # The machine has one, whoever reads it.
+        devices.append(document.Element('serial', {'type': 'null'}))
     _root_disk(tree, one.disk)
     for channel in devices.iterfind('channel'):
         # libvirt finds a place of its own.
@@ -141,6 +145,12 @@ def _check(tree: document.Element) -> None:
                  "vcpu[@cpuset]", 'devices/disk/encryption'):
         if tree.find(path) is not None:
             raise Unsuitable(f'it has {path}')
+    for interface in tree.iterfind('devices/interface'):
+        if interface.get('type') not in _INTERFACES:
+            raise Unsuitable(f'it has an interface of type '
+                             f'{interface.get("type")!r:.50}')
+    if len(tree.findall('devices/serial')) > 1:
+        raise Unsuitable('it has more than one serial port')
     system = tree.find('os')
     if system is not None and system.get('firmware'):
         raise Unsuitable('its firmware is not BIOS')
@@ -225,6 +235,10 @@ def _pluggable(device: document.Element) -> document.Element:
     for tag in ('address', 'alias'):
         for child in found.findall(tag):
             found.remove(child)
+    driver = found.find('driver')
+    if driver is not None:
+        # The running machine has no such threads.
+        driver.attrib.pop('iothread', None)
     return found
 
 

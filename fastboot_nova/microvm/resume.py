@@ -4,12 +4,14 @@
 The persistent domain is the instance's own definition, as its owner gave it;
 only the running one is the baked machine. So whatever ends this run, a
 reboot from inside included, the next start is an ordinary boot of the same
-disk. On any failure nothing is left, and the instance can be booted from a
-fresh disk: this one may have been written to.
+disk. On any failure nothing is left but the lane; the disk is removed, too:
+it may have been written to, and the instance must be booted from a fresh one.
 """
 
 import contextlib
 import dataclasses
+import pathlib
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, Final
@@ -23,6 +25,9 @@ from fastboot_nova.microvm.lane import Lane
 #: Seconds that a guest may take to be somebody; the most were 8 under TCG
 #: with both processors of the host busy.
 DEADLINE: Final = 10.0
+#: Seconds that libvirt and QEMU may take until the first instruction; 1.2
+#: are usual. libvirt itself waits for a QEMU without end.
+LOAD_DEADLINE: Final = 30.0
 _POLL: Final = 0.005
 _SEND_SECONDS: Final = 2.0
 
@@ -43,8 +48,8 @@ class ResumeFailed(exception.FastbootError):
 class Spec:
     """What is resumed.
 
-    :ivar xml: the persistent definition. Its root disk is there already:
-        see :func:`fastboot_nova.microvm.disk.make`.
+    :ivar xml: the persistent definition. Its root disk is there already
+        (:func:`fastboot_nova.microvm.disk.make`), and is no other's.
     :ivar hostname: until cloud-init sets one.
     :ivar disk_size: bytes of the root disk.
     :ivar stage: that it is waited for: one of
@@ -105,18 +110,15 @@ class _Resume:
 
     def run(self) -> Resumed:
         with self._failing(), contextlib.ExitStack() as undo:
+            undo.callback(_remove, self._instance.disk)
             self._enter('define')
-            domain = self._connection.defineXML(self._spec.xml)
+            domain = self._define()
             undo.callback(_undefine, domain)
             self._enter('dress')
             self._lane.dress(self._instance)
-            self._enter('load')
-            self._connection.restoreFlags(
-                str(self._lane.path), None, libvirt.VIR_DOMAIN_SAVE_PAUSED)
             undo.callback(_destroy, domain)
-            self._enter('plug')
-            self._plug(domain)
-            self._enter('activate')
+            with _bounded(domain):
+                self._load(domain)
             with _port(self._connection, domain) as port:
                 port.send(self._request(), _SEND_SECONDS)
                 domain.resume()
@@ -125,6 +127,26 @@ class _Resume:
             undo.pop_all()
             self._mark('end')
             return Resumed(domain, self._seconds)
+
+    def _define(self) -> Any:
+        """The persistent domain.
+
+        :raises Exists: there is one, and it stays as it is.
+        """
+        known = str(self._instance.uuid)
+        with contextlib.suppress(libvirt.libvirtError):
+            self._connection.lookupByUUIDString(known)
+            raise exception.Exists(f'there is a domain {known}')
+        return self._connection.defineXML(self._spec.xml)
+
+    def _load(self, domain: Any) -> None:
+        """Until all is there, and nothing has run yet."""
+        self._enter('load')
+        self._connection.restoreFlags(
+            str(self._lane.path), None, libvirt.VIR_DOMAIN_SAVE_PAUSED)
+        self._enter('plug')
+        self._plug(domain)
+        self._enter('activate')
 
     @contextlib.contextmanager
     def _failing(self) -> Iterator[None]:
@@ -248,6 +270,25 @@ def _port(connection: Any, domain: Any) -> Iterator[_Port]:
     finally:
         with contextlib.suppress(libvirt.libvirtError):
             stream.abort()
+
+
+@contextlib.contextmanager
+def _bounded(domain: Any) -> Iterator[None]:
+    """Destroy the domain if it is not done in time: what waits for it then
+    fails."""
+    timer = threading.Timer(LOAD_DEADLINE, _destroy, [domain])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _remove(disk: document.Element) -> None:
+    source = disk.find('source')
+    if source is not None and (name := source.get('file')):
+        pathlib.Path(name).unlink(missing_ok=True)
 
 
 def _destroy(domain: Any) -> None:

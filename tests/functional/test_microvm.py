@@ -11,7 +11,9 @@ import json
 import os
 import pathlib
 import shutil
+import signal
 import subprocess
+import sys
 import tempfile
 import time
 import uuid
@@ -39,6 +41,15 @@ from fastboot_nova.microvm import (  # noqa: E402
 TOOL = pathlib.Path(__file__).parents[2] / 'tools' / 'guest-image'
 GIB = 1 << 30
 MAC = 'fa:16:3e:11:22:33'
+_CONFIG = '''
+stdio_handler = "file"
+cgroup_controllers = []
+namespaces = []
+security_driver = "none"
+remember_owner = 0
+user = "root"
+group = "root"
+'''
 #: Of guests without KVM, while other tests run as well.
 PATIENCE = 300
 
@@ -66,7 +77,19 @@ def house():
     with tempfile.TemporaryDirectory(prefix='fb') as name:
         path = pathlib.Path(name)
         path.chmod(0o711)
+        (path / 's').mkdir()
         yield path
+
+
+def ctl(house, *words):
+    """The answer of fastbootctl."""
+    done = subprocess.run(
+        [pathlib.Path(sys.executable).with_name('fastbootctl'),
+         '--state-dir', house / 's', *map(str, words), '-f', 'json'],
+        capture_output=True, text=True, timeout=1200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert 'Traceback' not in done.stderr
+    return json.loads(done.stdout)
 
 
 def build(path, *words):
@@ -81,24 +104,25 @@ def baked(house):
         pytest.skip('mmdebstrap is not installed')
     image = house / 'image.qcow2'
     build(image)
-    with source.open_source(image, house) as raw:
-        done = bakery.bake(
-            raw.raw_path, raw.virtual_size, house / 'microvm', house,
-            options(), backing=(image, 'qcow2'),
-            progress=lambda phase: print('bake:', phase))
-    print('bake:', done.seconds)
-    assert done.state == 'baked', done.reason
+    done = ctl(house, 'microvm', 'bake', image, house / 'microvm',
+               '--timeout', 900)
+    print('bake:', done)
+    assert done['state'] == 'baked', done['reason']
+    assert done['memory_bytes'] < 200 << 20
     return house / 'microvm'
+
+
+def embedded(root):
+    """Another libvirt of the embedded kind; its domains outlive programs."""
+    etc = root / 'etc'
+    etc.mkdir(parents=True)
+    (etc / 'qemu.conf').write_text(_CONFIG)
+    return f'qemu:///embed?root={root}'
 
 
 @pytest.fixture(scope='module')
 def hypervisor(house):
-    etc = house / 'root' / 'etc'
-    etc.mkdir(parents=True)
-    (etc / 'qemu.conf').write_text(
-        'stdio_handler = "file"\ncgroup_controllers = []\nnamespaces = []\n'
-        'security_driver = "none"\nuser = "root"\ngroup = "root"\n')
-    with connection.opened(f'qemu:///embed?root={house}/root') as found:
+    with connection.opened(embedded(house / 'root')) as found:
         yield found
 
 
@@ -218,8 +242,7 @@ def test_what_a_bake_leaves(baked):
         ['qemu-img', 'info', '-U', '--output=json', baked / 'disk.qcow2'],
         check=True, capture_output=True).stdout)
     assert info['backing-filename'].endswith('/image.qcow2')
-    assert not [path for path in baked.parent.iterdir()
-                if path.name.startswith(('bake-', 'source-'))]
+    assert not list((baked.parent / 's' / 'work').iterdir())
 
 
 def test_copies_are_servers_of_their_own(servers, hypervisor, baked):
@@ -296,8 +319,9 @@ def test_it_boots_as_defined_afterwards(servers):
                        '/run/fastboot 2>/dev/null')
 
 
-def nothing_left(hypervisor, house):
+def nothing_left(hypervisor, house, one):
     assert not hypervisor.listAllDomains()
+    assert not (one.room / 'disk').exists()
     words = subprocess.run(['ps', 'axww', '-o', 'args'], check=True,
                            capture_output=True, text=True).stdout
     assert not [line for line in words.splitlines()
@@ -313,7 +337,7 @@ def test_a_stream_that_is_cut_off(servers, hypervisor, house):
         one.resume()
     assert caught.value.phase in ('dress', 'load')
     assert time.monotonic() - begun < 20
-    nothing_left(hypervisor, house)
+    nothing_left(hypervisor, house, one)
 
 
 def test_a_machine_that_is_another(servers, hypervisor, house, monkeypatch):
@@ -328,7 +352,7 @@ def test_a_machine_that_is_another(servers, hypervisor, house, monkeypatch):
     with pytest.raises(resume.ResumeFailed) as caught:
         one.resume()
     assert caught.value.phase == 'load'
-    nothing_left(hypervisor, house)
+    nothing_left(hypervisor, house, one)
 
 
 def test_a_guest_that_is_silent(servers, hypervisor, house, monkeypatch):
@@ -340,7 +364,26 @@ def test_a_guest_that_is_silent(servers, hypervisor, house, monkeypatch):
         one.resume(deadline=3)
     assert caught.value.phase == 'wait'
     assert time.monotonic() - begun < 15
-    nothing_left(hypervisor, house)
+    nothing_left(hypervisor, house, one)
+
+
+def test_the_command(baked, house):
+    """It leaves a running server, whose QEMU we end by its number."""
+    done = ctl(house, 'microvm', 'resume', baked, '--name', 'cmd',
+               '--memory', 640, '--deadline', PATIENCE,
+               '--uri', embedded(house / 'r2'))
+    number = int((house / 'r2' / 'run' / 'qemu' / 'cmd.pid').read_text())
+    try:
+        assert list(done['seconds'])[:4] == [
+            'define', 'dress', 'load', 'plug']
+        disk = pathlib.Path(done['disk'])
+        assert disk.stat().st_size > 1 << 20
+        assert {path.name for path in disk.parent.iterdir()} == {
+            'config.iso', 'console.log', 'disk.qcow2'}
+        words = pathlib.Path(f'/proc/{number}/cmdline').read_text()
+        assert done['uuid'] in words
+    finally:
+        os.kill(number, signal.SIGKILL)
 
 
 def test_another_class_of_hosts(baked, hypervisor):

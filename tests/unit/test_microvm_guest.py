@@ -144,10 +144,11 @@ class TestActivator:
 
     def test_order(self, monkeypatch):
         told, done = [], []
-        for name in ('randomize', 'wait_for_hardware', 'rename', 'be_born'):
+        for name in ('randomize', 'begin_keys', 'wait_for_hardware',
+                     'rename', 'be_born'):
             monkeypatch.setattr(
                 activator, name,
-                lambda *args, name=name: done.append(name))
+                lambda *args, name=name: done.append(name) or [])
         monkeypatch.setattr(activator.time, 'clock_settime',
                             lambda clock, now: done.append('clock'))
         monkeypatch.setattr(activator, 'say',
@@ -156,8 +157,8 @@ class TestActivator:
         words = activation.request(str(OTHER), 'a', 1.0).decode().split()[1:]
         main = types.ModuleType('main')
         activator.activate(3, main, words, [], 4, 'x')
-        assert done == ['randomize', 'clock', 'wait_for_hardware', 'rename',
-                        'be_born']
+        assert done == ['randomize', 'clock', 'begin_keys',
+                        'wait_for_hardware', 'rename', 'be_born']
         assert tuple(told) == activation.STAGES[:4]
 
     def test_another_version_is_refused(self):
@@ -231,6 +232,8 @@ class TestInstance:
         ('</domain>', "<cputune><vcpupin/></cputune></domain>"),
         ('<os>', "<os firmware='efi'>"), ('<boot ', '<loader/><boot '),
         ('<vcpu>', "<vcpu cpuset='1'>"),
+        ('</devices>', "<interface type='hostdev'/></devices>"),
+        ('</devices>', '<serial/></devices>'),
         ("file=\"/i/disk\"", "dev=\"/i/disk\"")])
     def test_other_machines(self, old, new):
         xml = server().xml()
@@ -268,6 +271,23 @@ class TestLive:
         assert tree.findtext('on_reboot') == 'destroy'
         text = document.text_of(tree)
         assert '/room' not in text.replace('/room/drive', '')
+
+    def test_threads_of_the_host_are_not_taken_over(self):
+        xml = server().xml().replace(
+            '<driver name="qemu"', '<driver iothread="1" name="qemu"')
+        assert 'iothread' in xml
+        xml = xml.replace('<devices>', '<iothreads>1</iothreads><devices>')
+        live = clone.live(microvms.saved_xml(),
+                          clone.instance(xml, MACHINE))
+        assert 'iothread' not in live
+
+    def test_the_machine_has_a_serial_port(self):
+        one = instance()
+        devices = one.tree.find('devices')
+        devices.remove(devices.find('serial'))
+        tree = document.parse(clone.live(microvms.saved_xml(), one))
+        assert [port.get('type') for port in
+                tree.findall('devices/serial')] == ['null']
 
     def test_twice_is_once(self):
         saved = microvms.saved_xml()
