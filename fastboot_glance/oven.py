@@ -52,7 +52,7 @@ def tell(**message: Any) -> None:
 
 
 def drop(uid: int, gid: int) -> None:
-    """Become another user for good, and nobody's child any more."""
+    """Become another user for good, and die with who started us."""
     libc = ctypes.CDLL(None, use_errno=True)
     if os.geteuid() == 0:
         os.setgroups([])
@@ -199,8 +199,8 @@ def reap() -> None:
 def main() -> None:
     """Bake, and say what came of it."""
     request = json.loads(sys.stdin.readline())
-    reap()
     drop(request['uid'], request['gid'])
+    reap()
     os.umask(0o027)
     os.chdir(request['room'])
     os.environ['HOME'] = request['room']
