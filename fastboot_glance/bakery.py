@@ -53,6 +53,7 @@ _DRIVE: Final = 'config.iso'
 _CONSOLE: Final = 'console.log'
 _PORT: Final = 'port.sock'
 _SAVE: Final = 'save'
+_HOME: Final = pathlib.Path('/run')
 _PHASES: Final = ('libvirt', 'boot', 'unplug', 'quiesce', 'save')
 #: Seconds behind the guest's own time: libvirt asks QEMU what it can do,
 #: and the guest is brought to rest and saved.
@@ -202,30 +203,40 @@ class _Bakery:
             room = pathlib.Path(name, 'guest')
             room.mkdir(0o700)
             # libvirt makes its monitor's below, with a name of its own.
-            if len(str(room)) + 50 > _PATH_LIMIT:
+            if len(str(self._home(room))) + 50 > _PATH_LIMIT:
                 raise exception.ConfigError(
                     f'{room}: too long for names of sockets; bake in a '
                     f'directory with a shorter name')
-            pathlib.Path(name).chmod(0o711)
             with nbdkit.Tap(self._raw_path, room / _SOCKET,
                             pathlib.Path(name, 'reads.log')):
                 yield room
 
     def _furnish(self, room: pathlib.Path) -> template.Places:
         files.touch(room / _DISK)
-        qemu.create_overlay(room / _DISK, self._backing(room), 'raw',
+        home = self._home(room)
+        qemu.create_overlay(room / _DISK, self._backing(home), 'raw',
                             self._size)
         files.touch(room / _DRIVE)
         configdrive.build(room / _DRIVE, 'baking', activation.user_data(),
                           plain=True)
         files.touch(room / _CONSOLE)
         self._sandbox.own(room)
-        return template.Places(room / _DISK, room / _SOCKET, room / _DRIVE,
-                               room / _CONSOLE, room / _PORT)
+        return template.Places(home / _DISK, home / _SOCKET, home / _DRIVE,
+                               home / _CONSOLE, home / _PORT)
 
     @staticmethod
-    def _backing(room: pathlib.Path) -> str:
-        return f'nbd+unix:///?socket={room / _SOCKET}'
+    def _home(room: pathlib.Path) -> pathlib.Path:
+        """The room as the sandbox names it.
+
+        Its user may not pass the directories above, and libvirt wants
+        absolute names; so root mounts it where it hides what else talks
+        to the host.
+        """
+        return _HOME if os.geteuid() == 0 else room
+
+    @staticmethod
+    def _backing(home: pathlib.Path) -> str:
+        return f'nbd+unix:///?socket={home / _SOCKET}'
 
     def _bake(self, room: pathlib.Path, places: template.Places) -> None:
         """Run the process to its end.
@@ -234,8 +245,9 @@ class _Bakery:
         """
         uid, gid = self._sandbox.ids
         request = json.dumps({
-            'room': str(room), 'uid': uid, 'gid': gid, 'port': _PORT,
-            'save': _SAVE, 'timeout': self._options.timeout,
+            'room': str(room), 'home': str(self._home(room)),
+            'mounts': os.stat('/proc/self/ns/mnt').st_ino,
+            'uid': uid, 'gid': gid, 'port': _PORT, 'save': _SAVE, 'timeout': self._options.timeout,
             'xml': template.build(self._config, 'baking', str(self._uuid),
                                   places)}).encode() + b'\n'
         with (room.parent / 'oven.log').open('wb') as log:
@@ -317,8 +329,8 @@ class _Bakery:
         """Take over what the guest left; nobody writes to it any more."""
         memory = _take(room / _SAVE, directory / artifact.MEMORY)
         _take(room / _DISK, directory / artifact.DISK)
-        _check_disk(directory / artifact.DISK, self._backing(room),
-                    self._size)
+        _check_disk(directory / artifact.DISK,
+                    self._backing(self._home(room)), self._size)
         qemu.rename_backing(directory / artifact.DISK, *self._final_backing)
         disk = _part(directory / artifact.DISK)
         with (directory / artifact.MEMORY).open('rb') as file:

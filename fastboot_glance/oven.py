@@ -29,6 +29,7 @@ from fastboot_common.microvm import activation, document, template
 
 _NO_NEW_PRIVS: Final = 38
 _PDEATHSIG: Final = 1
+_BIND: Final = 4096
 _CONFIG: Final = """\
 stdio_handler = "file"
 cgroup_controllers = []
@@ -53,15 +54,33 @@ def tell(**message: Any) -> None:
 
 def drop(uid: int, gid: int) -> None:
     """Become another user for good, and die with who started us."""
-    libc = ctypes.CDLL(None, use_errno=True)
     if os.geteuid() == 0:
         os.setgroups([])
         os.setresgid(gid, gid, gid)
         os.setresuid(uid, uid, uid)
     for option, value in ((_NO_NEW_PRIVS, 1),
                           (_PDEATHSIG, signal.SIGKILL)):
-        if libc.prctl(option, value, 0, 0, 0):
-            raise OSError(ctypes.get_errno(), 'prctl')
+        _call('prctl', option, value, 0, 0, 0)
+
+
+def move_in(request: dict[str, Any]) -> None:
+    """Have the room at its home, a short name that its user may reach.
+
+    :raises OSError: it cannot be mounted, or others would see it there.
+    """
+    room, home = request['room'], request['home']
+    if room != home:
+        if os.stat('/proc/self/ns/mnt').st_ino == request['mounts']:
+            raise OSError(0, 'this host permits no mounts of our own')
+        _call('mount', room.encode(), home.encode(), None, _BIND, None)
+    os.chdir(home)
+
+
+def _call(name: str, *arguments: Any) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if getattr(libc, name)(*arguments):
+        number = ctypes.get_errno()
+        raise OSError(number, f'{name}: {os.strerror(number)}')
 
 
 def connect(room: pathlib.Path) -> Any:
@@ -117,7 +136,7 @@ class Oven:
 
     def __init__(self, request: dict[str, Any]) -> None:
         self._request = request
-        self._room = pathlib.Path(request['room'])
+        self._room = pathlib.Path(request['home'])
         self._deadline = time.monotonic() + request['timeout']
 
     def bake(self) -> None:
@@ -199,12 +218,12 @@ def reap() -> None:
 def main() -> None:
     """Bake, and say what came of it."""
     request = json.loads(sys.stdin.readline())
-    drop(request['uid'], request['gid'])
-    reap()
     os.umask(0o027)
-    os.chdir(request['room'])
-    os.environ['HOME'] = request['room']
+    os.environ['HOME'] = request['home']
     try:
+        move_in(request)
+        drop(request['uid'], request['gid'])
+        reap()
         Oven(request).bake()
     except (Failed, exception.FastbootError) as error:
         tell(failed=str(error))

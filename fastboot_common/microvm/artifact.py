@@ -11,6 +11,7 @@ The description is written last: a directory without one is no artifact.
 """
 
 import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -170,17 +171,25 @@ def copy(source: int, target: pathlib.Path, limit: int = _SIZE_LIMIT
     except FileExistsError as error:
         raise exception.Exists(f'{target} is there') from error
     try:
-        digest, size = hashlib.sha256(), 0
-        while data := os.pread(source, _BUFFER, size):
-            digest.update(data)
-            _write_sparsely(fd, data, size)
-            size += len(data)
-            if size > limit:
-                raise exception.Corrupt(f'{target}: more than {limit} bytes')
-        os.ftruncate(fd, size)
-        files.sync(fd)
+        return _copy(source, fd, limit)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise exception.NoSpace(f'{target}: {error.strerror}') from error
+        raise
     finally:
         os.close(fd)
+
+
+def _copy(source: int, fd: int, limit: int) -> Part:
+    digest, size = hashlib.sha256(), 0
+    while data := os.pread(source, _BUFFER, size):
+        digest.update(data)
+        _write_sparsely(fd, data, size)
+        size += len(data)
+        if size > limit:
+            raise exception.Corrupt(f'more than {limit} bytes to copy')
+    os.ftruncate(fd, size)
+    files.sync(fd)
     return Part(size, digest.hexdigest())
 
 

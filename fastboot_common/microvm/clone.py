@@ -117,6 +117,10 @@ def live(saved: str, one: Instance) -> str:
         # The machine has one, whoever reads it.
         devices.append(document.Element('serial', {'type': 'null'}))
     _root_disk(tree, one.disk)
+    balloon = devices.find('memballoon')
+    if balloon is not None:
+        _replace(balloon, 'stats',
+                 one.tree.findall('devices/memballoon/stats'))
     for channel in devices.iterfind('channel'):
         # libvirt finds a place of its own.
         for source in channel.findall('source'):

@@ -3,8 +3,6 @@
 
 import json
 import os
-import pathlib
-import stat
 import struct
 import threading
 import types
@@ -131,6 +129,7 @@ def test_a_name_that_is_too_long_for_sockets(one, monkeypatch, tmp_path):
     deep = tmp_path / ('x' * 100)
     deep.mkdir()
     one._workdir = deep
+    monkeypatch.setattr(one, '_home', lambda room: room)
     with pytest.raises(exception.ConfigError):
         one._served().__enter__()
 
@@ -139,22 +138,3 @@ def test_no_bake_without_name_spaces(one, tmp_path):
     one._sandbox = types.SimpleNamespace(isolated=False)
     with pytest.raises(exception.ConfigError):
         one.run(tmp_path)
-
-
-def test_the_room_lets_pass_and_shows_nothing(one, monkeypatch, tmp_path):
-    class Tap:
-        def __init__(self, *words):
-            self.words = words
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *words):
-            pass
-
-    monkeypatch.setattr(bakery.nbdkit, 'Tap', Tap)
-    monkeypatch.setattr(bakery, '_PATH_LIMIT', 1000)
-    with one._served() as room:
-        assert stat.S_IMODE(room.stat().st_mode) == 0o700
-        assert stat.S_IMODE(room.parent.stat().st_mode) == 0o711
-        assert isinstance(room, pathlib.Path)

@@ -281,6 +281,16 @@ class TestLive:
                           clone.instance(xml, MACHINE))
         assert 'iothread' not in live
 
+    def test_statistics_of_memory(self):
+        one = instance()
+        one.tree.find('devices/memballoon').append(
+            document.Element('stats', {'period': '10'}))
+        live = clone.live(microvms.saved_xml(), one)
+        balloon = document.parse(live).find('devices/memballoon')
+        assert balloon.find('stats').get('period') == '10'
+        assert balloon.get('freePageReporting') == 'on'
+        assert clone.live(live, one) == live
+
     def test_the_machine_has_a_serial_port(self):
         one = instance()
         devices = one.tree.find('devices')
