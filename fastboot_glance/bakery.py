@@ -247,7 +247,8 @@ class _Bakery:
         request = json.dumps({
             'room': str(room), 'home': str(self._home(room)),
             'mounts': os.stat('/proc/self/ns/mnt').st_ino,
-            'uid': uid, 'gid': gid, 'port': _PORT, 'save': _SAVE, 'timeout': self._options.timeout,
+            'uid': uid, 'gid': gid, 'port': _PORT, 'save': _SAVE,
+            'timeout': self._options.timeout,
             'xml': template.build(self._config, 'baking', str(self._uuid),
                                   places)}).encode() + b'\n'
         with (room.parent / 'oven.log').open('wb') as log:
