@@ -223,10 +223,7 @@ def randomize(entropy: bytes) -> None:
     with open('/dev/urandom', 'wb') as file:
         fcntl.ioctl(file, RNDADDENTROPY, struct.pack(
             'ii', len(entropy) * 8, len(entropy)) + entropy)
-        try:
-            fcntl.ioctl(file, RNDRESEEDCRNG)
-        except OSError as error:  # before Linux 4.14; it reseeds above then
-            print('no reseed', error, file=sys.stderr)
+        fcntl.ioctl(file, RNDRESEEDCRNG)  # Linux 4.14
     random.seed()
 
 
@@ -325,7 +322,8 @@ def be_born(port: int, main: 'types.ModuleType', services: 'list[str]',
         run('systemctl', 'restart', 'networking.service')
     say(port, 'NETWORK')
     status = stage(main, 'init') or status
-    shutil.rmtree('/var/log/journal/' + machine, ignore_errors=True)
+    if machine:
+        shutil.rmtree('/var/log/journal/' + machine, ignore_errors=True)
     others = [name for name in services if name not in NETWORK]
     run('systemctl', 'restart', '--no-block', 'systemd-journald.service',
         *others)
@@ -389,5 +387,6 @@ def main() -> None:
 if __name__ == '__main__':
     if sys.argv[1:] == ['--try']:
         preload()
+        randomize(os.urandom(64))
     else:
         main()

@@ -25,7 +25,7 @@ randomize() {
         $b = pack("H*", $_);
         ioctl(F, 0x40085203, pack("ii", 8 * length($b), length($b)) . $b)
             or die;
-        ioctl(F, 0x5207, 0)' 2>/dev/null && return
+        ioctl(F, 0x5207, 0) or die' 2>/dev/null && return
     echo "$1" | python3 -c '
 import fcntl, struct, sys
 b = bytes.fromhex(sys.stdin.readline())
@@ -106,6 +106,11 @@ wipe() {
     umount /run/fastboot/fill
 }
 
+if ! randomize "$(head -c 64 /dev/urandom | od -An -v -tx1 | tr -d ' \n')"
+then
+    say REFUSED
+    exit 1
+fi
 tries=0
 while [ ! -e /run/cloud-init/result.json ] && [ $tries -lt 180 ]; do
     sleep 1

@@ -20,12 +20,8 @@ case "$python" in */env\ *) python=${python#*/env };; esac
 # shellcheck disable=SC2086 # there may be options behind it
 if $python /run/fastboot/activator.py --try 2>/dev/null; then
     set -- $python /run/fastboot/activator.py
-elif command -v perl >/dev/null || command -v python3 >/dev/null; then
-    set -- /bin/sh /run/fastboot/activator.sh
 else
-    # Nothing here can tell the kernel to reseed its random numbers.
-    echo "REFUSED 0 1" > $port
-    exit 0
+    set -- /bin/sh /run/fastboot/activator.sh
 fi
 # cloud-init waits for what it ran, and this waits for cloud-init.
 if command -v systemd-run >/dev/null; then
