@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import uuid
 
@@ -322,11 +323,7 @@ def test_it_boots_as_defined_afterwards(servers):
 def nothing_left(hypervisor, house, one):
     assert not hypervisor.listAllDomains()
     assert not (one.room / 'disk').exists()
-    words = subprocess.run(['ps', 'axww', '-o', 'args'], check=True,
-                           capture_output=True, text=True).stdout
-    assert not [line for line in words.splitlines()
-                if line.startswith('/usr/bin/qemu-system')
-                and f'{house}/root' in line]
+    assert not machines(house)
 
 
 def test_a_stream_that_is_cut_off(servers, hypervisor, house):
@@ -352,6 +349,39 @@ def test_a_machine_that_is_another(servers, hypervisor, house, monkeypatch):
     with pytest.raises(resume.ResumeFailed) as caught:
         one.resume()
     assert caught.value.phase == 'load'
+    nothing_left(hypervisor, house, one)
+
+
+def machines(house):
+    """Numbers of the processes that the hypervisor runs guests in."""
+    words = subprocess.run(['ps', 'axww', '-o', 'pid,args'], check=True,
+                           capture_output=True, text=True).stdout
+    return [int(line.split()[0]) for line in words.splitlines()
+            if line.split()[1].startswith('/usr/bin/qemu-system')
+            and f'{house}/root' in line]
+
+
+def test_a_machine_that_hangs_while_it_loads(servers, hypervisor, house,
+                                             monkeypatch):
+    monkeypatch.setattr(resume, 'LOAD_DEADLINE', 3)
+    one = servers()
+    stopped = []
+
+    def stop():
+        deadline = time.monotonic() + 60
+        while not stopped and time.monotonic() < deadline:
+            for number in machines(house):
+                os.kill(number, signal.SIGSTOP)
+                stopped.append(number)
+
+    thread = threading.Thread(target=stop)
+    thread.start()
+    begun = time.monotonic()
+    with pytest.raises(resume.ResumeFailed) as caught:
+        one.resume()
+    thread.join()
+    assert stopped and caught.value.phase == 'load'
+    assert time.monotonic() - begun < 60
     nothing_left(hypervisor, house, one)
 
 
