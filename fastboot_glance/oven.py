@@ -15,6 +15,7 @@ import ctypes
 import json
 import os
 import pathlib
+import queue
 import signal
 import socket
 import sys
@@ -40,7 +41,15 @@ save_image_format = "raw"
 """
 _UNPLUG_SECONDS: Final = 60
 _QUIESCE_SECONDS: Final = 60
+_END_SECONDS: Final = 5
 _TICK: Final = 0.1
+#: Why a guest stopped, by libvirt's numbers.
+_ENDS: Final = {
+    libvirt.VIR_DOMAIN_EVENT_STOPPED_SHUTDOWN: 'it shut down or rebooted',
+    libvirt.VIR_DOMAIN_EVENT_STOPPED_DESTROYED: 'it rebooted or panicked',
+    libvirt.VIR_DOMAIN_EVENT_STOPPED_CRASHED: 'it crashed',
+    libvirt.VIR_DOMAIN_EVENT_STOPPED_FAILED: 'QEMU died',
+}
 
 
 class Failed(Exception):
@@ -116,19 +125,14 @@ class Port:
             self._socket.setblocking(False)
             self._socket.send(data)
 
-    def hear(self, seconds: float) -> list[activation.Line]:
-        """What the guest says within some time.
-
-        :raises Failed: the machine is gone.
-        """
+    def hear(self, seconds: float) -> list[activation.Line] | None:
+        """What the guest says within some time; None: it is gone."""
         self._socket.settimeout(seconds)
         try:
             data = self._socket.recv(4096)
         except TimeoutError:
             return []
-        if not data:
-            raise Failed('the guest stopped before it was ready')
-        return self._lines.feed(data)
+        return self._lines.feed(data) if data else None
 
 
 class Oven:
@@ -138,6 +142,7 @@ class Oven:
         self._request = request
         self._room = pathlib.Path(request['home'])
         self._deadline = time.monotonic() + request['timeout']
+        self._end: queue.Queue[str] = queue.Queue()
 
     def bake(self) -> None:
         """All of it.
@@ -148,6 +153,8 @@ class Oven:
         tell(phase='libvirt')
         connection = connect(self._room)
         tell(phase='boot', libvirt=connection.getLibVersion())
+        connection.domainEventRegisterAny(
+            None, libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE, self._happened, None)
         self._domain = connection.createXML(self._request['xml'], 0)
         self._port = Port(self._room / self._request['port'])
         self._await(activation.READY, self._deadline - time.monotonic(),
@@ -164,6 +171,19 @@ class Oven:
             str(self._room / self._request['save']), None,
             libvirt.VIR_DOMAIN_SAVE_RUNNING)
 
+    def _happened(self, connection: Any, domain: Any, event: int,
+                  detail: int, opaque: Any) -> None:
+        """libvirt tells why a guest stopped, and forgets it."""
+        if event == libvirt.VIR_DOMAIN_EVENT_STOPPED:
+            self._end.put(_ENDS.get(detail, f'it stopped ({detail})'))
+
+    def _stopped(self) -> Failed:
+        """Why there is no guest any more; libvirt knows a moment later."""
+        try:
+            return Failed(self._end.get(timeout=_END_SECONDS))
+        except queue.Empty:
+            return Failed('it stopped')
+
     def _await(self, word: str, seconds: float, otherwise: str) -> None:
         """Wait for a word of the guest.
 
@@ -171,7 +191,10 @@ class Oven:
         """
         end = time.monotonic() + seconds
         while (left := end - time.monotonic()) > 0:
-            for line in self._port.hear(left):
+            heard = self._port.hear(left)
+            if heard is None:
+                raise self._stopped()
+            for line in heard:
                 if line.word == activation.REFUSED:
                     raise Failed('it can neither import cloud-init nor '
                                  'reseed its random numbers')
