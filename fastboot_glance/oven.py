@@ -180,9 +180,14 @@ class Oven:
     def _stopped(self) -> Failed:
         """Why there is no guest any more; libvirt knows a moment later."""
         try:
-            return Failed(self._end.get(timeout=_END_SECONDS))
+            reason = self._end.get(timeout=_END_SECONDS)
         except queue.Empty:
-            return Failed('it stopped')
+            reason = 'it stopped'
+        log = self._room / 'root' / 'log' / 'qemu' / 'baking.log'
+        with contextlib.suppress(OSError):
+            for words in log.read_text(errors='replace').splitlines()[-1:]:
+                reason += f'; QEMU said last: {words}'
+        return Failed(reason)
 
     def _await(self, word: str, seconds: float, otherwise: str) -> None:
         """Wait for a word of the guest.

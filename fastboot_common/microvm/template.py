@@ -77,6 +77,7 @@ class Places:
 #: numbers, and the drive that is gone when the guest is saved.
 _TAKEN: Final = 4
 _MEMORY_SLOTS: Final = 16
+_TRANSLATION_MIB: Final = 256
 
 
 def build(config: Config, name: str, uuid: str, places: Places) -> str:
@@ -178,6 +179,10 @@ def _machine(config: Config, name: str, uuid: str) -> document.Element:
     features = _add(tree, 'features')
     _add(features, 'acpi')
     _add(features, 'apic')
+    if config.virt_type == 'qemu':
+        # QEMU's default is 1 GiB, half of what the sandbox lets it have.
+        _add(_add(features, 'tcg'), 'tb-cache', str(_TRANSLATION_MIB),
+             unit='MiB')
     tree.append(_cpu(config))
     clock = _add(tree, 'clock', offset='utc')
     _add(clock, 'timer', name='hpet', present='no')

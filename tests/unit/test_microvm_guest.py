@@ -269,6 +269,8 @@ class TestLive:
         assert disk.find('backingStore') is None
         assert not tree.findall('devices/channel/source')
         assert tree.findtext('on_reboot') == 'destroy'
+        assert was.find('features/tcg/tb-cache') is not None
+        assert tree.find('features/tcg') is None
         text = document.text_of(tree)
         assert '/room' not in text.replace('/room/drive', '')
 
