@@ -165,6 +165,8 @@ class _Bakery:
         self._sandbox = guest.Sandbox(options.user)
         self._config = config(options)
         self._uuid = uuid.uuid4()
+        #: That the guest's kernel can have, by its own word.
+        self._vcpus = 1
         self._phase: tuple[str, float] | None = None
         self.seconds: dict[str, float] = {}
 
@@ -318,6 +320,8 @@ class _Bakery:
             return False
         if message.get('phase') in _PHASES:
             self._enter(message['phase'])
+        if type(message.get('vcpus')) is int:
+            self._vcpus = min(max(message['vcpus'], 1), self._config.vcpus)
         if 'failed' in message:
             raise _NotBaked(f'the guest: {str(message["failed"])[:500]}')
         if message.get('done') is True:
@@ -337,7 +341,8 @@ class _Bakery:
         with (directory / artifact.MEMORY).open('rb') as file:
             head = savefile.SaveFile.read(file.fileno())
             found = artifact.Description(
-                self._key(head), artifact.Machine.of(self._config),
+                self._key(head), dataclasses.replace(
+                    artifact.Machine.of(self._config), vcpus=self._vcpus),
                 identity.find(file.fileno(), head.stream, self._uuid),
                 self._size, {artifact.MEMORY: memory, artifact.DISK: disk},
                 int(time.time()))

@@ -157,10 +157,11 @@ class Oven:
             None, libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE, self._happened, None)
         self._domain = connection.createXML(self._request['xml'], 0)
         self._port = Port(self._room / self._request['port'])
-        self._await(activation.READY, self._deadline - time.monotonic(),
-                    'its activator did not get ready; does the image have '
-                    'cloud-init?')
-        tell(phase='unplug')
+        vcpus = self._await(
+            activation.READY, self._deadline - time.monotonic(),
+            'its activator did not get ready; does the image have '
+            'cloud-init?')
+        tell(phase='unplug', vcpus=vcpus)
         self._unplug()
         tell(phase='quiesce')
         self._port.send(activation.QUIESCE)
@@ -189,8 +190,9 @@ class Oven:
                 reason += f'; QEMU said last: {words}'
         return Failed(reason)
 
-    def _await(self, word: str, seconds: float, otherwise: str) -> None:
-        """Wait for a word of the guest.
+    def _await(self, word: str, seconds: float, otherwise: str
+               ) -> int | None:
+        """Wait for a word of the guest; the number with it.
 
         :raises Failed: it did not come in time, or another one did.
         """
@@ -204,7 +206,7 @@ class Oven:
                     raise Failed('it can neither import cloud-init nor '
                                  'reseed its random numbers')
                 if line.word == word:
-                    return
+                    return line.number
         raise Failed(f'{otherwise} ({seconds:.0f} seconds)')
 
     def _unplug(self) -> None:

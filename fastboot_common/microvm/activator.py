@@ -167,6 +167,16 @@ def running() -> 'list[str]':
     return [name for name in names if not KEPT.fullmatch(name)]
 
 
+def possible() -> int:
+    """Processors that this kernel can ever have.
+
+    Linux 6.9 and later refuse those that come later where they see no
+    hypervisor, as under TCG.
+    """
+    last = read('/sys/devices/system/cpu/possible').split(',')[-1]
+    return int(last.split('-')[-1]) + 1
+
+
 def forget(started: float) -> None:
     """Remove what this boot left on the disk for itself."""
     remove(STATE + SECRETS)
@@ -369,7 +379,7 @@ def main() -> None:
     machine = read('/etc/machine-id')
     forget(started)
     blocks = len(glob.glob(MEMORY + '/state'))
-    say(port, 'READY')
+    say(port, 'READY', possible())
     for words in lines(port):
         if words[:1] == ['QUIESCE']:
             quiesce()

@@ -127,7 +127,8 @@ rm -rf /var/lib/cloud/instance /var/lib/cloud/instances \
 find /var/log -maxdepth 1 -type f -newer /proc/1 \
     -exec truncate -s 0 {} +
 before=$(blocks)
-say READY
+possible=$(sed 's/.*[,-]//' /sys/devices/system/cpu/possible)
+say READY $((possible + 1))
 while read -r word version uuid name clock count memory entropy <&3; do
     case $word in
     QUIESCE)

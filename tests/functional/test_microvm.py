@@ -237,6 +237,7 @@ def test_what_a_bake_leaves(baked):
         'memory', 'disk.qcow2', 'microvm.json'}
     assert len(found.identity.binary) >= 1
     assert len(found.identity.text) >= 3
+    assert found.machine.vcpus == options().max_vcpus
     assert found.parts['memory'].size < 300 << 20
     assert found.parts['disk.qcow2'].size < 40 << 20
     info = json.loads(subprocess.run(

@@ -61,6 +61,12 @@ class TestWords:
             pytest.fail('a phase that cannot be compared')
         assert not one.told
 
+    @pytest.mark.parametrize('said, taken', [
+        (4, 4), (1000, 8), (-5, 1), ('4', 1), (None, 1), (True, 1)])
+    def test_processors_that_the_guest_can_have(self, one, said, taken):
+        one._heard(json.dumps({'phase': 'unplug', 'vcpus': said}).encode())
+        assert one._vcpus == taken
+
     def test_a_reason_is_cut(self, one):
         with pytest.raises(bakery._NotBaked) as caught:
             one._heard(json.dumps({'failed': 'x' * 10000}).encode())

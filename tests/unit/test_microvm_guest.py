@@ -161,6 +161,15 @@ class TestActivator:
                         'wait_for_hardware', 'rename', 'be_born']
         assert tuple(told) == activation.STAGES[:4]
 
+    @pytest.mark.parametrize('text, count', [
+        ('0', 1), ('0-7', 8), ('0,2-3', 4)])
+    def test_processors_that_can_come(self, monkeypatch, text, count):
+        monkeypatch.setattr(activator, 'read', lambda path: text)
+        assert activator.possible() == count
+        done = subprocess.run(['sed', 's/.*[,-]//'], input=text, text=True,
+                              capture_output=True, check=True)
+        assert int(done.stdout) + 1 == count
+
     def test_another_version_is_refused(self):
         with pytest.raises(ValueError):
             activator.activate(3, types.ModuleType('main'),

@@ -49,9 +49,9 @@ def test_a_word_in_pieces(guest):
     one, end = guest
     thread = threading.Thread(target=lambda: [
         (end.send(piece), time.sleep(.02)) for piece in
-        (b'NOI', b'SE\nREA', b'DY 1.5', b'\n')])
+        (b'NOI', b'SE\nREA', b'DY 1.5 8', b'\n')])
     thread.start()
-    one._await('READY', 10, 'it never comes')
+    assert one._await('READY', 10, 'it never comes') == 8
     thread.join()
 
 
