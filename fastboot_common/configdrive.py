@@ -37,22 +37,26 @@ _USER_DATA: Final = b'#cloud-config\n{}\n'
 
 
 def build(path: pathlib.Path, hostname: str = 'fastboot',
-          user_data: bytes = _USER_DATA) -> None:
+          user_data: bytes = _USER_DATA, *, plain: bool = False) -> None:
     """Write an ISO image with a new instance's metadata.
 
     :param path: the file to make or overwrite.
     :param user_data: what cloud-init runs.
+    :param plain: without interface, and without key: for guests that have
+        no such interface, where cloud-init would fail, and for those whose
+        disk is kept.
     """
     meta_data = {
         'uuid': str(uuid.uuid4()), 'name': hostname, 'hostname': hostname,
         'launch_index': 0, 'availability_zone': 'nova',
-        'public_keys': {'fastboot': _KEY},
+        'public_keys': {} if plain else {'fastboot': _KEY},
     }
     files = {
         'meta_data.json': json.dumps(meta_data).encode(),
-        'network_data.json': json.dumps(_NETWORK).encode(),
         'user_data': user_data,
     }
+    if not plain:
+        files['network_data.json'] = json.dumps(_NETWORK).encode()
     iso = pycdlib.PyCdlib()
     iso.new(vol_ident=_LABEL, joliet=3, rock_ridge='1.09')
     iso.add_directory('/OPENSTAC', rr_name='openstack',

@@ -91,6 +91,20 @@ def version(tool: str = SYSTEM) -> tuple[int, ...]:
     return found
 
 
+@functools.cache
+def package(tool: str = SYSTEM) -> str:
+    """The version of a program of QEMU, with the distribution's own.
+
+    :raises ConfigError: it is missing, too old, or has none.
+    """
+    version(tool)
+    words = _run([tool, '--version'], 30).decode(errors='replace')
+    match = re.search(r'version ([ -~]{1,200})', words)
+    if not match:
+        raise exception.ConfigError(f'{tool} has no version')
+    return match[1]
+
+
 def image(options: Mapping[str, Any]) -> str:
     """A block node as a file name that QEMU's programs understand."""
     return 'json:' + json.dumps(options)
@@ -176,6 +190,15 @@ def rename_backing(path: pathlib.Path, backing: pathlib.Path,
     """
     _run([_IMG, 'rebase', '-q', '-u', '-f', 'qcow2', '-b', str(backing),
           '-F', backing_format, str(path)], 60)
+
+
+def grow(path: pathlib.Path, size: int) -> None:
+    """Make an overlay that nobody uses larger.
+
+    :param size: bytes that the guest is to see.
+    :raises CommandFailed: it failed; a guest may have it open.
+    """
+    _run([_IMG, 'resize', '-q', '-f', 'qcow2', str(path), str(size)], 60)
 
 
 def create_overlay(path: pathlib.Path, backing: str, backing_format: str,

@@ -9,7 +9,6 @@ result like any other, not an error.
 import concurrent.futures
 import contextlib
 import dataclasses
-import os
 import pathlib
 import tempfile
 import threading
@@ -346,19 +345,10 @@ class _Watch:
             raise _NotBooted(
                 f'it read {view.unique} bytes, then nothing for {STALL} '
                 f'seconds; is there a boot loader for BIOS?')
-        if _disk_usage(self._room) > _WRITTEN:
+        if guest.disk_usage(self._room) > _WRITTEN:
             raise _NotBooted(f'it wrote more than {_WRITTEN} bytes')
         guest.check_room(self._room)
 
     def _wait(self, seconds: float) -> None:
         if self._cancel.wait(seconds):
             raise _Cancelled
-
-
-def _disk_usage(directory: pathlib.Path) -> int:
-    """Bytes on disk of the files in a directory, which may come and go."""
-    total = 0
-    with contextlib.suppress(OSError), os.scandir(directory) as entries:
-        for entry in entries:
-            total += entry.stat(follow_symlinks=False).st_blocks * 512
-    return total

@@ -90,6 +90,20 @@ class Sandbox:
             *limits.command(),
         ]
 
+    def enclosure(self, limits: Limits) -> list[str]:
+        """As :meth:`prefix`, for our own programs: they come as who we are,
+        and become :attr:`ids` when they have loaded what they need.
+        """
+        return ['setpriv', '--pdeathsig', 'KILL', '--',
+                *_namespaces(self._root), *limits.command()]
+
+    @property
+    def ids(self) -> tuple[int, int]:
+        """Numbers of the user and the group that programs run as."""
+        if not self._root:
+            return os.geteuid(), os.getegid()
+        return self._account.pw_uid, self._account.pw_gid
+
     def _user(self, kvm: bool) -> list[str]:
         group = _kvm_group() if kvm else None
         return [
@@ -122,6 +136,15 @@ def check_room(directory: pathlib.Path) -> None:
         raise exception.NoSpace(
             f'{directory}: less than {RESERVE} bytes would be left; make '
             f'room, or give builders a larger disk')
+
+
+def disk_usage(directory: pathlib.Path) -> int:
+    """Bytes on disk of the files in a directory, which may come and go."""
+    total = 0
+    with contextlib.suppress(OSError), os.scandir(directory) as entries:
+        for entry in entries:
+            total += entry.stat(follow_symlinks=False).st_blocks * 512
+    return total
 
 
 @functools.cache

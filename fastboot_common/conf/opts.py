@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 GROUPS = (
-    'default', 'repository', 'host', 'export', 'capture', 'agent', 'database',
-    'jobboard', 'glance', 'builder', 'eligibility', 'listener', 'api')
+    'default', 'repository', 'host', 'export', 'capture', 'bakery', 'agent',
+    'database', 'jobboard', 'glance', 'builder', 'eligibility', 'listener',
+    'api')
 
 
 def _modules() -> list[Any]:

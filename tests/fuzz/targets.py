@@ -11,7 +11,7 @@ sys.path[:0] = [str(TESTS.parent), str(TESTS / 'unit'), str(TESTS / 'fuzz')]
 
 #: Address space that an input may need on top of what the process has.
 ROOM = 1 << 30
-MODULES = ('formats', 'places', 'peers')
+MODULES = ('formats', 'places', 'peers', 'sleepers')
 
 
 def find(name):

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``fastbootctl microvm bake``."""
+
+import argparse
+import pathlib
+import sys
+from typing import Any
+
+from fastboot_common import exception, files
+from fastboot_common.cli import base
+from fastboot_common.microvm import artifact
+from fastboot_glance import bakery, source
+
+
+class Bake(base.ShowOne):
+    """Boot an image once, and save the guest, to be resumed as servers.
+
+    An image that cannot be baked is told with the reason; the status is 0.
+    """
+
+    def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
+        """Its arguments."""
+        parser: argparse.ArgumentParser = super().get_parser(prog_name)
+        parser.add_argument('image', type=pathlib.Path,
+                            help='raw, qcow2, vmdk, vdi or vhdx; the disks '
+                                 'of all resumed servers need it')
+        parser.add_argument('directory', type=pathlib.Path,
+                            help='for the result: new, or empty')
+        parser.add_argument('--memory', type=int, metavar='MIB',
+                            help='overrides [bakery] memory')
+        parser.add_argument('--timeout', type=int, metavar='SECONDS',
+                            help='overrides [bakery] timeout')
+        return parser
+
+    def take_action(self, parsed_args: argparse.Namespace) -> Any:
+        """Bake it and say what came of it."""
+        env = self.env
+        image = parsed_args.image.absolute()
+        if not image.is_file():
+            raise exception.NotFound(f'there is no file {image}')
+        for name in ('memory', 'timeout'):
+            value = getattr(parsed_args, name)
+            if value is not None:
+                env.conf.set_override(name, value, 'bakery')
+        workdir = env.state_dir / 'work'
+        files.make_directory(workdir)
+        options = env.conf.bakery
+        with source.open_source(image, workdir, user=options.user) as found:
+            done = bakery.bake(
+                found.raw_path, found.virtual_size, parsed_args.directory,
+                workdir, options, backing=(image, found.format),
+                progress=_tell)
+        return self.dict2columns({
+            'state': done.state, 'reason': done.reason,
+            'class': done.description and done.description.key.digest,
+            **_sizes(parsed_args.directory, done.description),
+            'seconds': done.seconds,
+        })
+
+
+def _tell(phase: str) -> None:
+    print(f'{phase} ...', file=sys.stderr, flush=True)
+
+
+def _sizes(directory: pathlib.Path,
+           description: artifact.Description | None) -> dict[str, int]:
+    """Bytes of the parts, holes not counted."""
+    return {f'{name}_bytes': (directory / name).stat().st_blocks * 512
+            for name in (description.parts if description else ())}

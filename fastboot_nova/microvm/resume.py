@@ -1,0 +1,302 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Resumes a copy of a baked guest as a new server.
+
+The persistent domain is the instance's own definition, as its owner gave it;
+only the running one is the baked machine. So whatever ends this run, a
+reboot from inside included, the next start is an ordinary boot of the same
+disk. On any failure nothing is left but the lane; the disk is removed, too:
+it may have been written to, and the instance must be booted from a fresh one.
+"""
+
+import contextlib
+import dataclasses
+import pathlib
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, Final
+
+import libvirt
+
+from fastboot_common import exception
+from fastboot_common.microvm import activation, clone, document, template
+from fastboot_nova.microvm.lane import Lane
+
+#: Seconds that a guest may take to be somebody; the most were 8 under TCG
+#: with both processors of the host busy.
+DEADLINE: Final = 10.0
+#: Seconds that libvirt and QEMU may take until the first instruction; 1.2
+#: are usual. libvirt itself waits for a QEMU without end.
+LOAD_DEADLINE: Final = 30.0
+_POLL: Final = 0.005
+_SEND_SECONDS: Final = 2.0
+
+
+class ResumeFailed(exception.FastbootError):
+    """The instance was not resumed, and nothing of it is left. Boot it.
+
+    :ivar phase: that it failed in.
+    """
+
+    def __init__(self, phase: str, reason: str) -> None:
+        self.phase = phase
+        self.reason = reason
+        super().__init__(f'resume failed ({phase}): {reason}')
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """What is resumed.
+
+    :ivar xml: the persistent definition. Its root disk is there already
+        (:func:`fastboot_nova.microvm.disk.make`), and is no other's.
+    :ivar hostname: until cloud-init sets one.
+    :ivar disk_size: bytes of the root disk.
+    :ivar stage: that it is waited for: one of
+        :data:`fastboot_common.microvm.activation.STAGES`.
+    :ivar deadline: seconds from the first instruction to that stage.
+    :ivar entropy: see :func:`fastboot_common.microvm.activation.request`.
+    """
+
+    xml: str
+    hostname: str
+    disk_size: int
+    stage: str = activation.IDENTITY
+    deadline: float = DEADLINE
+    entropy: bytes | None = None
+
+
+@dataclasses.dataclass
+class Resumed:
+    """A server that runs.
+
+    :ivar domain: libvirt's.
+    :ivar seconds: since the call, at the end of each phase and stage.
+    """
+
+    domain: Any
+    seconds: dict[str, float]
+
+
+def resume(connection: Any, lane: Lane, spec: Spec, *,
+           told: Callable[[str], None] | None = None) -> Resumed:
+    """Resume a copy of the guest in `lane` as the instance of `spec`.
+
+    :param connection: to libvirt; :func:`compatible.check` has seen that
+        this host can run what is in the lane.
+    :param told: called at the end of each phase with its name.
+    :raises Unsuitable: the instance cannot be such a copy; nothing was done.
+    :raises ResumeFailed: it did not come up.
+    """
+    instance = clone.instance(spec.xml, lane.description.machine)
+    return _Resume(connection, lane, spec, instance,
+                   told or (lambda phase: None)).run()
+
+
+class _Resume:
+    """One attempt."""
+
+    def __init__(self, connection: Any, lane: Lane, spec: Spec,
+                 instance: clone.Instance,
+                 told: Callable[[str], None]) -> None:
+        self._connection = connection
+        self._lane = lane
+        self._spec = spec
+        self._instance = instance
+        self._told = told
+        self._begun = time.monotonic()
+        self._phase = 'begin'
+        self._seconds: dict[str, float] = {}
+
+    def run(self) -> Resumed:
+        with self._failing(), contextlib.ExitStack() as undo:
+            undo.callback(_remove, self._instance.disk)
+            self._enter('define')
+            domain = self._define()
+            undo.callback(_undefine, domain)
+            self._enter('dress')
+            self._lane.dress(self._instance)
+            undo.callback(_destroy, domain)
+            with _bounded(domain):
+                self._load(domain)
+            with _port(self._connection, domain) as port:
+                port.send(self._request(), _SEND_SECONDS)
+                domain.resume()
+                self._enter('wait')
+                self._wait(port, domain)
+            undo.pop_all()
+            self._mark('end')
+            return Resumed(domain, self._seconds)
+
+    def _define(self) -> Any:
+        """The persistent domain.
+
+        :raises Exists: there is one, and it stays as it is.
+        """
+        known = str(self._instance.uuid)
+        with contextlib.suppress(libvirt.libvirtError):
+            self._connection.lookupByUUIDString(known)
+            raise exception.Exists(f'there is a domain {known}')
+        return self._connection.defineXML(self._spec.xml)
+
+    def _load(self, domain: Any) -> None:
+        """Until all is there, and nothing has run yet."""
+        self._enter('load')
+        self._connection.restoreFlags(
+            str(self._lane.path), None, libvirt.VIR_DOMAIN_SAVE_PAUSED)
+        self._enter('plug')
+        self._plug(domain)
+        self._enter('activate')
+
+    @contextlib.contextmanager
+    def _failing(self) -> Iterator[None]:
+        """Every failure has one type, with the phase it happened in."""
+        try:
+            yield
+        except (libvirt.libvirtError, exception.FastbootError,
+                OSError) as error:
+            if isinstance(error, ResumeFailed):
+                raise
+            raise ResumeFailed(self._phase, str(error)) from error
+
+    def _enter(self, phase: str) -> None:
+        if self._phase != 'begin':
+            self._mark(self._phase)
+        self._phase = phase
+
+    def _mark(self, name: str) -> None:
+        self._seconds[name] = round(time.monotonic() - self._begun, 3)
+        self._told(name)
+
+    def _plug(self, domain: Any) -> None:
+        """All that the instance has more, before the first instruction."""
+        live = libvirt.VIR_DOMAIN_AFFECT_LIVE
+        one = self._instance
+        if one.vcpus > 1:
+            domain.setVcpusFlags(one.vcpus, live)
+        for device in one.plugged:
+            domain.attachDeviceFlags(document.text_of(device), live)
+        for interface in one.interfaces:
+            # No packet of somebody who is nobody yet.
+            domain.attachDeviceFlags(
+                document.text_of(clone.linked(interface, 'down')), live)
+        domain.blockResize(template.ROOT, self._spec.disk_size,
+                           libvirt.VIR_DOMAIN_BLOCK_RESIZE_BYTES)
+
+    def _request(self) -> bytes:
+        return activation.request(
+            str(self._instance.uuid), self._spec.hostname, time.time(),
+            vcpus=self._instance.vcpus, memory=self._instance.memory,
+            entropy=self._spec.entropy)
+
+    def _wait(self, port: '_Port', domain: Any) -> None:
+        """Follow the guest to the stage that is asked for.
+
+        :raises ResumeFailed: it does not come there in time.
+        """
+        deadline = time.monotonic() + self._spec.deadline
+        due = list(activation.STAGES)
+        for line in port.lines(deadline):
+            if line.word == activation.FAILED:
+                raise ResumeFailed(
+                    self._phase, f'the guest gave up before {due[0]}')
+            if line.word != due[0]:
+                continue
+            del due[0]
+            self._mark(line.word)
+            if line.word == activation.IDENTITY:
+                self._link(domain)
+            if line.word == self._spec.stage:
+                return
+        raise ResumeFailed(
+            self._phase, f'the guest did not come to {due[0]} within '
+            f'{self._spec.deadline:.0f} seconds')
+
+    def _link(self, domain: Any) -> None:
+        for interface in self._instance.interfaces:
+            domain.updateDeviceFlags(
+                document.text_of(clone.linked(interface, 'up')),
+                libvirt.VIR_DOMAIN_AFFECT_LIVE)
+
+
+class _Port:
+    """The activator's port, through libvirt.
+
+    :param connection: it is asked something now and then, as streams of a
+        remote libvirt move only with other calls, or by an event loop that
+        this process may lack.
+    """
+
+    def __init__(self, connection: Any, stream: Any) -> None:
+        self._connection = connection
+        self._stream = stream
+
+    def send(self, data: bytes, seconds: float) -> None:
+        """Say something, also to a guest that sleeps.
+
+        :raises Unavailable: nothing takes it.
+        """
+        deadline = time.monotonic() + seconds
+        while data:
+            sent = self._stream.send(data)
+            if sent > 0:
+                data = data[sent:]
+            elif time.monotonic() > deadline:
+                raise exception.Unavailable('the port takes nothing')
+            else:
+                time.sleep(_POLL)
+
+    def lines(self, deadline: float) -> Iterator[activation.Line]:
+        """What the guest says, until the deadline or its end."""
+        lines = activation.Lines()
+        while time.monotonic() < deadline:
+            data = self._stream.recv(4096)
+            if data == -2:
+                time.sleep(_POLL)
+                self._connection.getLibVersion()
+            elif data:
+                yield from lines.feed(data)
+            else:
+                raise exception.Unavailable('the guest stopped')
+
+
+@contextlib.contextmanager
+def _port(connection: Any, domain: Any) -> Iterator[_Port]:
+    stream = connection.newStream(libvirt.VIR_STREAM_NONBLOCK)
+    domain.openChannel(template.PORT, stream,
+                       libvirt.VIR_DOMAIN_CHANNEL_FORCE)
+    try:
+        yield _Port(connection, stream)
+    finally:
+        with contextlib.suppress(libvirt.libvirtError):
+            stream.abort()
+
+
+@contextlib.contextmanager
+def _bounded(domain: Any) -> Iterator[None]:
+    """Destroy the domain if it is not done in time: what waits for it then
+    fails."""
+    timer = threading.Timer(LOAD_DEADLINE, _destroy, [domain])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _remove(disk: document.Element) -> None:
+    source = disk.find('source')
+    if source is not None and (name := source.get('file')):
+        pathlib.Path(name).unlink(missing_ok=True)
+
+
+def _destroy(domain: Any) -> None:
+    with contextlib.suppress(libvirt.libvirtError):
+        domain.destroy()
+
+
+def _undefine(domain: Any) -> None:
+    with contextlib.suppress(libvirt.libvirtError):
+        domain.undefineFlags(libvirt.VIR_DOMAIN_UNDEFINE_MANAGED_SAVE
+                             | libvirt.VIR_DOMAIN_UNDEFINE_NVRAM)

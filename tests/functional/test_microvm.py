@@ -1,0 +1,448 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A real Debian, baked once and resumed as several servers.
+
+libvirt's embedded driver runs them: no service is needed. They take minutes
+without KVM.
+"""
+
+import base64
+import contextlib
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import uuid
+
+import pytest
+from oslo_config import cfg
+
+from fastboot_common import configdrive, exception
+from fastboot_common.conf import opts
+from fastboot_common.microvm import activation, artifact, clone
+from fastboot_glance import bakery, source
+
+libvirt = pytest.importorskip('libvirt')
+libvirt_qemu = pytest.importorskip('libvirt_qemu')
+
+from fastboot_nova.microvm import (  # noqa: E402
+    compatible,
+    connection,
+    definition,
+    disk,
+    lane,
+    resume,
+)
+
+TOOL = pathlib.Path(__file__).parents[2] / 'tools' / 'guest-image'
+GIB = 1 << 30
+MAC = 'fa:16:3e:11:22:33'
+_CONFIG = '''
+stdio_handler = "file"
+cgroup_controllers = []
+namespaces = []
+security_driver = "none"
+remember_owner = 0
+user = "root"
+group = "root"
+'''
+#: Of guests without KVM, while other tests run as well.
+PATIENCE = 300
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(1800),
+    pytest.mark.skipif(os.geteuid() != 0, reason='building needs root'),
+    pytest.mark.skipif(shutil.which('qemu-system-x86_64') is None,
+                       reason='QEMU is not installed'),
+]
+
+
+def options(**changes):
+    conf = opts.register(cfg.ConfigOpts())
+    conf([], default_config_files=[])
+    conf.set_override('timeout', 900, 'bakery')
+    for name, value in changes.items():
+        conf.set_override(name, value, 'bakery')
+    return conf.bakery
+
+
+@pytest.fixture(scope='module')
+def house():
+    """A directory with a name short enough for sockets."""
+    with tempfile.TemporaryDirectory(prefix='fb') as name:
+        path = pathlib.Path(name)
+        path.chmod(0o711)
+        (path / 's').mkdir()
+        yield path
+
+
+def ctl(house, *words):
+    """The answer of fastbootctl."""
+    done = subprocess.run(
+        [pathlib.Path(sys.executable).with_name('fastbootctl'),
+         '--state-dir', house / 's', *map(str, words), '-f', 'json'],
+        capture_output=True, text=True, timeout=1200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert 'Traceback' not in done.stderr
+    return json.loads(done.stdout)
+
+
+def build(path, *words):
+    subprocess.run([TOOL, 'build', path, '--suite', 'bookworm', *words],
+                   check=True, timeout=900)
+
+
+@pytest.fixture(scope='module')
+def baked(house):
+    """The artifact, and what came of the bake."""
+    if shutil.which('mmdebstrap') is None:
+        pytest.skip('mmdebstrap is not installed')
+    image = house / 'image.qcow2'
+    build(image)
+    done = ctl(house, 'microvm', 'bake', image, house / 'microvm',
+               '--timeout', 900)
+    print('bake:', done)
+    assert done['state'] == 'baked', done['reason']
+    assert done['memory_bytes'] < 200 << 20
+    return house / 'microvm'
+
+
+def embedded(root):
+    """Another libvirt of the embedded kind; its domains outlive programs."""
+    etc = root / 'etc'
+    etc.mkdir(parents=True)
+    (etc / 'qemu.conf').write_text(_CONFIG)
+    return f'qemu:///embed?root={root}'
+
+
+@pytest.fixture(scope='module')
+def hypervisor(house):
+    with connection.opened(embedded(house / 'root')) as found:
+        yield found
+
+
+class Server:
+    """A server that is resumed, and asked by its guest agent."""
+
+    def __init__(self, baked, hypervisor, room, name='web', **changes):
+        self.baked, self.hypervisor, self.room = baked, hypervisor, room
+        self.uuid = str(uuid.uuid4())
+        self.drive = room / 'config.iso'
+        configdrive.build(
+            self.drive, name, b'#cloud-config\nwrite_files:\n- path: /mark\n'
+            b'  content: ' + self.uuid.encode() + b'\n', plain=True)
+        disk.make(baked, room / 'disk', 10 * GIB)
+        self.lane = lane.Lane.create(baked, room / 'lane')
+        self.xml = definition.Server(**{
+            'name': name, 'uuid': self.uuid, 'disk': room / 'disk',
+            'console': room / 'console', 'config_drive': self.drive,
+            **changes}).xml()
+        self.name = name
+        self.domain = None
+
+    def resume(self, **changes):
+        done = resume.resume(self.hypervisor, self.lane, resume.Spec(**{
+            'xml': self.xml, 'hostname': self.name, 'disk_size': 10 * GIB,
+            'deadline': PATIENCE, **changes}))
+        print(self.name, done.seconds)
+        self.domain = done.domain
+        return done
+
+    def ask(self, command, **arguments):
+        return json.loads(libvirt_qemu.qemuAgentCommand(
+            self.domain, json.dumps({'execute': command,
+                                     'arguments': arguments}), 60, 0)
+            )['return']
+
+    def run(self, script):
+        """What a script in the guest prints."""
+        known = self.ask('guest-exec', path='/bin/sh', arg=['-c', script],
+                         **{'capture-output': True})['pid']
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            found = self.ask('guest-exec-status', pid=known)
+            if found['exited']:
+                return base64.b64decode(
+                    found.get('out-data', '')).decode().strip()
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+
+    def boot(self):
+        """Start it as it is defined, and wait for its agent."""
+        self.domain.create()
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            with contextlib.suppress(libvirt.libvirtError):
+                self.ask('guest-ping')
+                return
+            assert time.monotonic() < deadline
+            time.sleep(1)
+
+    def destroy(self):
+        if self.domain:
+            with contextlib.suppress(libvirt.libvirtError):
+                self.domain.destroy()
+            self.domain.undefine()
+
+
+@pytest.fixture
+def servers(baked, hypervisor, house):
+    """Makes servers, which are gone afterwards."""
+    made = []
+    with tempfile.TemporaryDirectory(dir=house) as name:
+
+        def make(server='web', **changes):
+            room = pathlib.Path(name, str(len(made)))
+            room.mkdir()
+            made.append(Server(baked, hypervisor, room, server, **changes))
+            return made[-1]
+
+        try:
+            yield make
+        finally:
+            for one in made:
+                one.destroy()
+
+
+IDENTITY = {
+    'machine-id': 'cat /etc/machine-id',
+    'uuid': 'cat /sys/class/dmi/id/product_uuid',
+    'serial': 'cat /sys/class/dmi/id/product_serial',
+    'hostname': 'hostname',
+    'key': 'cat /etc/ssh/ssh_host_ed25519_key.pub',
+    'other key': 'cat /etc/ssh/ssh_host_ecdsa_key.pub',
+}
+
+
+def identity(server):
+    return {name: server.run(script) for name, script in IDENTITY.items()}
+
+
+def with_interface(server):
+    server.xml = server.xml.replace('</devices>', (
+        f"<interface type='user'><mac address='{MAC}'/>"
+        f"<model type='virtio'/></interface></devices>"))
+    return server
+
+
+def test_what_a_bake_leaves(baked):
+    found = artifact.read(baked)
+    assert {path.name for path in baked.iterdir()} == {
+        'memory', 'disk.qcow2', 'microvm.json'}
+    assert len(found.identity.binary) >= 1
+    assert len(found.identity.text) >= 3
+    assert found.machine.vcpus == options().max_vcpus
+    assert found.parts['memory'].size < 300 << 20
+    assert found.parts['disk.qcow2'].size < 40 << 20
+    info = json.loads(subprocess.run(
+        ['qemu-img', 'info', '-U', '--output=json', baked / 'disk.qcow2'],
+        check=True, capture_output=True).stdout)
+    assert info['backing-filename'].endswith('/image.qcow2')
+    assert not list((baked.parent / 's' / 'work').iterdir())
+
+
+def test_copies_are_servers_of_their_own(servers, hypervisor, baked):
+    compatible.check(artifact.read(baked).key, hypervisor)
+    one = with_interface(servers('one', memory=1024, vcpus=2))
+    one.resume(stage=activation.DONE)
+    two = servers('two')
+    two.resume()
+    mine, others = identity(one), identity(two)
+    for name in IDENTITY:
+        assert mine[name] and mine[name] != others[name], name
+    assert mine['uuid'] == mine['serial'] == one.uuid
+    assert mine['machine-id'] == one.uuid.replace('-', '')
+    assert mine['hostname'] == 'one'
+    numbers = 'for i in 1 2 3 4 5 6 7 8; do read x < ' \
+        '/proc/sys/kernel/random/uuid; echo $x; done'
+    assert not (set(one.run(numbers).split())
+                & set(two.run(numbers).split()))
+
+    # What was plugged is there, and what the metadata says was done.
+    assert one.run('nproc') == '2'
+    assert int(one.run("sed -n 's/MemTotal: *\\([0-9]*\\) kB/\\1/p' "
+                       "/proc/meminfo")) > 850 << 10
+    assert int(one.run('df --output=size -B1 / | tail -n 1')) > 9 * GIB
+    assert one.run('cat /mark') == one.uuid
+    assert MAC in one.run('cat /sys/class/net/*/address')
+    assert '10.0.2.15' in one.run('ip -4 address')
+    assert one.run('systemctl is-active ssh') == 'active'
+    assert not one.run('systemctl --failed --no-legend')
+    assert abs(int(one.run('date +%s')) - time.time()) < 30
+
+    # Of what woke it up nothing is left, nor of the guest it was.
+    assert not one.run('ls -d /run/fastboot 2>/dev/null')
+    assert not one.run('systemctl list-units --all --no-legend '
+                       '"fastboot-activator*"')
+    assert one.run('ls /var/log/journal') == mine['machine-id']
+    baked_uuid = str(artifact.read(baked).identity.uuid)
+    assert not one.run(
+        f'grep -rlIs -e {baked_uuid} -e {baked_uuid.replace("-", "")} '
+        f'-e baking /etc /root /home /var/lib /var/log')
+    assert not one.run('cat /root/.ssh/authorized_keys '
+                       '/home/*/.ssh/authorized_keys 2>/dev/null')
+
+
+def test_without_entropy_copies_are_alike(servers):
+    numbers = 'i=0; while [ $i -lt 2000 ]; do read x < ' \
+        '/proc/sys/kernel/random/uuid; echo $x; i=$((i+1)); done'
+    seen = []
+    for _ in range(2):
+        one = servers()
+        one.resume(entropy=b'', stage='RANDOM')
+        seen.append(set(one.run(numbers).split()))
+        one.destroy()
+        one.domain = None
+    assert seen[0] & seen[1], 'the step would not be needed'
+
+
+def test_it_boots_as_defined_afterwards(servers):
+    one = servers('again', memory=1024)
+    one.resume(stage=activation.DONE)
+    before = identity(one)
+    one.run('echo kept > /root/kept; sync')
+    # From inside: that ends this machine, and the next is the defined one.
+    one.ask('guest-exec', path='/bin/systemctl', arg=['reboot'])
+    deadline = time.monotonic() + PATIENCE
+    while one.domain.isActive():
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+    assert 'pcie-root-port' not in one.xml
+    one.boot()
+    assert one.run('systemctl is-system-running --wait') in (
+        'running', 'degraded')
+    assert identity(one) == before
+    assert one.run('cat /root/kept') == 'kept'
+    assert one.run('cat /mark') == one.uuid
+    assert not one.run('find / -xdev -path /proc -prune -o '
+                       '-name "*fastboot-activator*" -print')
+    assert not one.run('ls -d /dev/virtio-ports/org.openstack.fastboot.0 '
+                       '/run/fastboot 2>/dev/null')
+
+
+def nothing_left(hypervisor, house, one):
+    assert not hypervisor.listAllDomains()
+    assert not (one.room / 'disk').exists()
+    assert not machines(house)
+
+
+def test_a_stream_that_is_cut_off(servers, hypervisor, house):
+    one = servers()
+    os.truncate(one.lane.path, one.lane.path.stat().st_size // 2)
+    begun = time.monotonic()
+    with pytest.raises(resume.ResumeFailed) as caught:
+        one.resume()
+    assert caught.value.phase in ('dress', 'load')
+    assert time.monotonic() - begun < 20
+    nothing_left(hypervisor, house, one)
+
+
+def test_a_machine_that_is_another(servers, hypervisor, house, monkeypatch):
+    one = servers()
+    live = clone.live
+
+    def other(saved, instance):
+        return live(saved, instance).replace(
+            'freePageReporting="on"', '')
+
+    monkeypatch.setattr(clone, 'live', other)
+    with pytest.raises(resume.ResumeFailed) as caught:
+        one.resume()
+    assert caught.value.phase == 'load'
+    nothing_left(hypervisor, house, one)
+
+
+def machines(house):
+    """Numbers of the processes that the hypervisor runs guests in."""
+    words = subprocess.run(['ps', 'axww', '-o', 'pid,args'], check=True,
+                           capture_output=True, text=True).stdout
+    return [int(line.split()[0]) for line in words.splitlines()
+            if line.split()[1].startswith('/usr/bin/qemu-system')
+            and f'{house}/root' in line]
+
+
+def test_a_machine_that_hangs_while_it_loads(servers, hypervisor, house,
+                                             monkeypatch):
+    monkeypatch.setattr(resume, 'LOAD_DEADLINE', 3)
+    one = servers()
+    stopped = []
+
+    def stop():
+        deadline = time.monotonic() + 60
+        while not stopped and time.monotonic() < deadline:
+            for number in machines(house):
+                os.kill(number, signal.SIGSTOP)
+                stopped.append(number)
+
+    thread = threading.Thread(target=stop)
+    thread.start()
+    begun = time.monotonic()
+    with pytest.raises(resume.ResumeFailed) as caught:
+        one.resume()
+    thread.join()
+    assert stopped and caught.value.phase == 'load'
+    assert time.monotonic() - begun < 60
+    nothing_left(hypervisor, house, one)
+
+
+def test_a_guest_that_is_silent(servers, hypervisor, house, monkeypatch):
+    monkeypatch.setattr(activation, 'request',
+                        lambda *words, **more: b'NOISE\n')
+    one = servers()
+    begun = time.monotonic()
+    with pytest.raises(resume.ResumeFailed) as caught:
+        one.resume(deadline=3)
+    assert caught.value.phase == 'wait'
+    assert time.monotonic() - begun < 15
+    nothing_left(hypervisor, house, one)
+
+
+def test_the_command(baked, house):
+    """It leaves a running server, whose QEMU we end by its number."""
+    done = ctl(house, 'microvm', 'resume', baked, '--name', 'cmd',
+               '--memory', 640, '--deadline', PATIENCE,
+               '--uri', embedded(house / 'r2'))
+    number = int((house / 'r2' / 'run' / 'qemu' / 'cmd.pid').read_text())
+    try:
+        assert list(done['seconds'])[:4] == [
+            'define', 'dress', 'load', 'plug']
+        disk = pathlib.Path(done['disk'])
+        assert disk.stat().st_size > 1 << 20
+        assert {path.name for path in disk.parent.iterdir()} == {
+            'config.iso', 'console.log', 'disk.qcow2'}
+        words = pathlib.Path(f'/proc/{number}/cmdline').read_text()
+        assert done['uuid'] in words
+    finally:
+        os.kill(number, signal.SIGKILL)
+
+
+def test_another_class_of_hosts(baked, hypervisor):
+    import dataclasses
+    key = artifact.read(baked).key
+    for change in ({'qemu': '7.2.0'}, {'arch': 'aarch64'}, {'recipe': 99},
+                   {'virt_type': 'xen'}):
+        with pytest.raises(clone.Unsuitable):
+            compatible.check(dataclasses.replace(key, **change), hypervisor)
+
+
+def test_an_image_without_cloud_init(house):
+    image = house / 'minimal.qcow2'
+    build(image, '--variant', 'minimal', '--size', '1G')
+    with source.open_source(image, house) as raw:
+        done = bakery.bake(raw.raw_path, raw.virtual_size,
+                           house / 'minimal', house, options(timeout=60))
+    assert done.state == 'failed'
+    assert 'cloud-init' in done.reason
+    assert not list((house / 'minimal').iterdir())
+
+
+def test_no_directory_with_files(house, tmp_path):
+    (tmp_path / 'mine').write_text('')
+    with pytest.raises(exception.Exists):
+        bakery.bake(tmp_path / 'x', GIB, tmp_path, house, options())
