@@ -9,6 +9,9 @@ CLOUD_PYTHON = $(STATE)/sandbox/venv/bin/python
 # They run Glance itself, which only the sandbox has.
 GLANCE_TESTS = $(addprefix tests/functional/test_, builder.py \
 	glance_images.py import_plugin.py api_services.py)
+# They need libvirt's Python module, which it has, too.
+LIBVIRT_TESTS = $(addprefix tests/functional/test_, agent_resume.py \
+	microvm.py)
 CLOUD_TESTS = FASTBOOT_SANDBOX=$(STATE)/sandbox $(CLOUD_PYTHON) -m pytest -q
 
 help:
@@ -60,14 +63,14 @@ test-cloud:
 	@tools/prepare test sandbox
 	@$(SANDBOX) up
 	$(CLOUD_TESTS) -m 'not slow' tests/openstack/test_backend.py \
-		$(GLANCE_TESTS)
+		$(GLANCE_TESTS) $(LIBVIRT_TESTS)
 	$(CLOUD_TESTS) -m smoke tests/openstack
 	@$(SANDBOX) down
 
 test-all: test
 	.venv/bin/tox -q -e slow
 	@$(SANDBOX) up
-	$(CLOUD_TESTS) -m slow $(GLANCE_TESTS)
+	$(CLOUD_TESTS) -m slow $(GLANCE_TESTS) $(LIBVIRT_TESTS)
 	$(CLOUD_TESTS) tests/openstack
 	@$(SANDBOX) down
 

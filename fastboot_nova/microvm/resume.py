@@ -6,6 +6,7 @@ only the running one is the baked machine. So whatever ends this run, a
 reboot from inside included, the next start is an ordinary boot of the same
 disk. On any failure nothing is left but the lane; the disk is removed, too:
 it may have been written to, and the instance must be booted from a fresh one.
+Only where the domain was there before, it and its disk are left alone.
 """
 
 import contextlib
@@ -110,9 +111,10 @@ class _Resume:
 
     def run(self) -> Resumed:
         with self._failing(), contextlib.ExitStack() as undo:
+            self._see_that_it_is_new()
             undo.callback(_remove, self._instance.disk)
             self._enter('define')
-            domain = self._define()
+            domain = self._connection.defineXML(self._spec.xml)
             undo.callback(_undefine, domain)
             self._enter('dress')
             self._lane.dress(self._instance)
@@ -128,16 +130,15 @@ class _Resume:
             self._mark('end')
             return Resumed(domain, self._seconds)
 
-    def _define(self) -> Any:
-        """The persistent domain.
+    def _see_that_it_is_new(self) -> None:
+        """Asked before anything else: the disk would be that server's.
 
-        :raises Exists: there is one, and it stays as it is.
+        :raises Exists: the domain is there; it and its disk stay.
         """
         known = str(self._instance.uuid)
         with contextlib.suppress(libvirt.libvirtError):
             self._connection.lookupByUUIDString(known)
             raise exception.Exists(f'there is a domain {known}')
-        return self._connection.defineXML(self._spec.xml)
 
     def _load(self, domain: Any) -> None:
         """Until all is there, and nothing has run yet."""

@@ -253,6 +253,10 @@ def test_copies_are_servers_of_their_own(servers, hypervisor, baked):
     one.resume(stage=activation.DONE)
     two = servers('two')
     two.resume()
+    # Once: the second time it would be a running server's disk.
+    with pytest.raises(resume.ResumeFailed, match='there is a domain'):
+        two.resume()
+    assert (two.room / 'disk').exists() and two.domain.isActive()
     mine, others = identity(one), identity(two)
     for name in IDENTITY:
         assert mine[name] and mine[name] != others[name], name
