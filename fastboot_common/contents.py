@@ -12,10 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from fastboot_common import blocks, extents, manifest, pack
+from fastboot_common.blocks import PAGE
 from fastboot_common.repository import Repository
 
-#: Bytes of a page: no block is smaller.
-PAGE: Final = 4096
 #: Plain frames that stay in memory (:data:`pack.FRAME` bytes each).
 _FRAMES: Final = 16
 

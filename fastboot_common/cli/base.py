@@ -8,7 +8,7 @@ from typing import Any
 from cliff import command, lister, show
 
 from fastboot_common import (
-    contents,
+    blocks,
     exception,
     files,
     repository,
@@ -155,7 +155,7 @@ class Environment:
         path = pathlib.Path(self.microvm_location().removeprefix('file://'))
         files.make_directory(path)
         with contextlib.suppress(exception.Exists):
-            repository.init(local.LocalStore(path), contents.PAGE)
+            repository.init(local.LocalStore(path), blocks.PAGE)
         return self.open_microvms()
 
 

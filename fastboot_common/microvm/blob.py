@@ -25,8 +25,8 @@ from typing import Any, Final, Self
 import numpy as np
 
 from fastboot_common import blocks, exception, files, journal
+from fastboot_common.blocks import PAGE
 from fastboot_common.microvm import artifact, pages
-from fastboot_common.microvm.pages import PAGE
 
 MAGIC: Final = b'FBUVM1\n\0'
 VERSION: Final = 1
@@ -184,8 +184,8 @@ class Blob:
         return cls(
             journal.validate_image_id(header['image']), header['root'],
             found[0],
-            {name: pages.Layout.parse(*found[2 * at + 1:2 * at + 3], count)
-             for at, name in enumerate(PARTS)}, count)
+            {name: pages.Layout.parse(rows, rest, count) for name, rows, rest
+             in zip(PARTS, found[1::2], found[2::2], strict=True)}, count)
 
     def unpack(self, directory: pathlib.Path, blob: pages.Read,
                image: pages.Read, progress: Callable[[int], None],

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastboot_common import blocks, exception
-from fastboot_common.contents import PAGE
+from fastboot_common.blocks import PAGE
 
 BLOB: Final = 0
 IMAGE: Final = 1

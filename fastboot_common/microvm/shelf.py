@@ -27,7 +27,7 @@ from fastboot_common import (
     manifest,
     publish,
 )
-from fastboot_common.contents import PAGE
+from fastboot_common.blocks import PAGE
 from fastboot_common.microvm import artifact, blob, pages, savefile, stream
 from fastboot_common.repository import Repository
 

@@ -24,7 +24,7 @@ import struct
 from collections.abc import Callable
 from typing import Final
 
-PAGE: Final = 4096
+from fastboot_common.blocks import PAGE
 
 _MAGIC: Final = 0x5145564D
 _VERSION: Final = 3
