@@ -24,7 +24,14 @@ from hostile import bounded, variants
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastboot_common import contents, exception, journal, publish, upkeep
+from fastboot_common import (
+    contents,
+    exception,
+    journal,
+    publish,
+    repack,
+    upkeep,
+)
 from fastboot_common.microvm import artifact, blob, pages, shelf, stream
 from fastboot_nova import mirror
 
@@ -290,6 +297,21 @@ def test_a_derived_one_adds_what_is_its_own(store, tmp_path):
     assert second < first / 2
     store.take('two', tmp_path / 'again')
     same(two, tmp_path / 'again')
+
+
+def test_what_is_left_when_the_first_is_removed(store, tmp_path):
+    store.add('one')
+    two = store.add('two', store.image[:-BLOCK] + page(5))
+    first = store.put('one').published.image
+    store.put('two')
+    store.microvms.remove(first.image_id)
+    upkeep.collect(store.microvms, 0, 0)
+    moved = repack.repack(store.microvms, 1.0, threads=2)
+    assert moved.after < moved.before
+    upkeep.collect(store.microvms, 0, 0)
+    store.take('two', tmp_path / 'again')
+    same(two, tmp_path / 'again')
+    assert not list(upkeep.check(store.microvms, deep=True))
 
 
 def test_two_classes(store, tmp_path, monkeypatch):
