@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import os
 import pathlib
+import struct
 import tempfile
 
 import microvms
@@ -155,6 +156,36 @@ def blob_seeds():
     return seeds
 
 
+def read_rows(data):
+    """Pages of the blob, rows (a byte each), the rows, and the rest."""
+    parts = Parts(data)
+    count, rows = parts.number(1), parts.number(1)
+    layout = pages.Layout.parse(
+        parts.take(rows * pages.DTYPE.itemsize), parts.rest(), count)
+    kinds = pages.BLOB, pages.IMAGE, pages.ZEROS
+    assert sum(map(layout.count, kinds)) == layout.count()
+    if layout.count() < 300:
+        made = b''.join(layout.join(
+            lambda numbers: blob_page(numbers, count),
+            lambda numbers: b'i' * PAGE * len(numbers), 5000))
+        assert len(made) == layout.size
+        assert made.count(b'i') >= PAGE * layout.count(pages.IMAGE)
+
+
+def blob_page(numbers, count):
+    assert not len(numbers) or 0 <= numbers.min() <= numbers.max() < count
+    return b'b' * PAGE * len(numbers)
+
+
+def rows_seeds():
+    return [bytes([len(rows) and 4, len(rows)]) + b''.join(
+        struct.pack('<HHIQ', *row) for row in rows) + rest
+        for rows, rest in (
+            (((8, 0, 2, 1), (0, 1, 3, 1 << 39), (5, 2, 4, 0)), b'x' * 40),
+            ((), b''), (((0, 2, 1 << 25, 0),), b'end'),
+            (((4095, 0, 4, 0),), b'x' * 10))]
+
+
 # What a guest says, in pieces
 
 def hear_activator(data):
@@ -186,5 +217,6 @@ TARGETS = (
     Target('microvm', read_description, description_seeds, longest=4096),
     Target('stream', walk_stream, stream_seeds, (), longest=6000),
     Target('blob', read_blob, blob_seeds, longest=1024),
+    Target('rows', read_rows, rows_seeds),
     Target('activator', hear_activator, activator_seeds, ()),
 )
