@@ -15,6 +15,8 @@ BLOCK_SIZES: Final = (4096, 8192, 16384, 32768, 65536)
 #: Chosen by measurement: doc/source/reference/block-size.rst.
 DEFAULT_BLOCK_SIZE: Final = 16384
 DIGEST: Final = 32
+#: Bytes of a page of memory. No block is smaller.
+PAGE: Final = 4096
 
 Blocks = npt.NDArray[np.int64]
 

@@ -1,13 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """What all commands need: configuration, places, formats of values."""
 
+import contextlib
 import pathlib
 from typing import Any
 
 from cliff import command, lister, show
 
-from fastboot_common import exception, files, repository, signing, store
-from fastboot_common.store import striped, throttle
+from fastboot_common import (
+    blocks,
+    exception,
+    files,
+    repository,
+    signing,
+    store,
+)
+from fastboot_common.store import local, striped, throttle
 
 
 class Environment:
@@ -116,6 +124,39 @@ class Environment:
             raise exception.Invalid(
                 f'{self.location()} can only be read; use its directory')
         return found
+
+    def microvm_location(self) -> str:
+        """Where the µVMs are: in the directory of the repository.
+
+        So whatever serves that one, or copies it, has them as well.
+        """
+        return self.location().rstrip('/') + '/microvms'
+
+    def open_microvms(self) -> repository.Repository:
+        """The repository of the µVMs, for reading.
+
+        :raises NotFound: there is none, so there are no µVMs.
+        """
+        try:
+            return repository.Repository(
+                self._open(self.microvm_location(),
+                           self.conf.repository.retries, self._throttle()),
+                trust=self.trust(), signer=self.signer())
+        except exception.NotFound:
+            raise exception.NotFound(
+                f'there are no µVMs at {self.location()}') from None
+
+    def writable_microvms(self) -> repository.Repository:
+        """The repository of the µVMs, made if there is none.
+
+        :raises Invalid: it is behind HTTP.
+        """
+        self.writable_repository()
+        path = pathlib.Path(self.microvm_location().removeprefix('file://'))
+        files.make_directory(path)
+        with contextlib.suppress(exception.Exists):
+            repository.init(local.LocalStore(path), blocks.PAGE)
+        return self.open_microvms()
 
 
 def _no_repository(location: str) -> exception.NotFound:

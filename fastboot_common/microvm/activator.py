@@ -9,6 +9,7 @@ activation.py; both speak as reference/microvm says.
 """
 
 import collections.abc
+import ctypes
 import fcntl
 import gc
 import glob
@@ -126,6 +127,12 @@ def remove(patterns: 'tuple[str, ...]') -> None:
 
 
 # Before the guest is saved
+
+def randomize_children() -> None:
+    """Lay programs out at random again; bakery.sh did not do so for this."""
+    os.environ.pop('PYTHONHASHSEED', None)
+    ctypes.CDLL(None).personality(0)
+
 
 def preload() -> 'types.ModuleType':
     """Import what cloud-init may need; its main module."""
@@ -367,6 +374,7 @@ def activate(port: int, main: 'types.ModuleType', words: 'list[str]',
 
 def main() -> None:
     """Prepare, wait, wake up, and be gone."""
+    randomize_children()
     os.environ['PATH'] = ('/usr/local/sbin:/usr/local/bin:'
                           '/usr/sbin:/usr/bin:/sbin:/bin')
     started = time.time() - float(read('/proc/uptime').split()[0])

@@ -17,6 +17,7 @@ import json
 import os
 import pathlib
 import re
+from collections.abc import Iterable, Iterator
 from typing import Any, Final, Self
 
 from fastboot_common import exception, files
@@ -36,8 +37,9 @@ _MEMBERS: Final = frozenset(
      'parts', 'baked'))
 _MACHINE: Final = frozenset(('memory', 'max_memory', 'vcpus', 'slots'))
 _GRAIN: Final = 4096
-_BUFFER: Final = 1 << 20
-_ZEROS: Final = bytes(_BUFFER)
+#: Bytes that are written at a time.
+BUFFER: Final = 1 << 20
+_ZEROS: Final = bytes(BUFFER)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,8 +161,22 @@ def write(directory: pathlib.Path, description: Description) -> None:
 
 def copy(source: int, target: pathlib.Path, limit: int = _SIZE_LIMIT
          ) -> Part:
-    """Copy an open file to a new one, runs of zeros as holes; durably.
+    """Copy an open file to a new one; see :func:`save`."""
+    return save(target, _pieces(source), limit)
 
+
+def _pieces(source: int) -> Iterator[bytes]:
+    at = 0
+    while data := os.pread(source, BUFFER, at):
+        yield data
+        at += len(data)
+
+
+def save(target: pathlib.Path, pieces: Iterable[bytes],
+         limit: int = _SIZE_LIMIT) -> Part:
+    """Write a new file, runs of zeros as holes; durably.
+
+    :param pieces: its bytes, :data:`BUFFER` at a time.
     :param limit: bytes that it may have.
     :raises Exists: there is such a file.
     :raises Corrupt: it is longer than that.
@@ -171,7 +187,7 @@ def copy(source: int, target: pathlib.Path, limit: int = _SIZE_LIMIT
     except FileExistsError as error:
         raise exception.Exists(f'{target} is there') from error
     try:
-        return _copy(source, fd, limit)
+        return _save(fd, pieces, limit)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise exception.NoSpace(f'{target}: {error.strerror}') from error
@@ -180,9 +196,9 @@ def copy(source: int, target: pathlib.Path, limit: int = _SIZE_LIMIT
         os.close(fd)
 
 
-def _copy(source: int, fd: int, limit: int) -> Part:
+def _save(fd: int, pieces: Iterable[bytes], limit: int) -> Part:
     digest, size = hashlib.sha256(), 0
-    while data := os.pread(source, _BUFFER, size):
+    for data in pieces:
         digest.update(data)
         _write_sparsely(fd, data, size)
         size += len(data)

@@ -20,6 +20,12 @@ case "$python" in */env\ *) python=${python#*/env };; esac
 # shellcheck disable=SC2086 # there may be options behind it
 if $python /run/fastboot/activator.py --try 2>/dev/null; then
     set -- $python /run/fastboot/activator.py
+    # Laid out alike in all guests that are baked, most of its memory is the
+    # same in them, and is stored once. Copies of a guest share the layout
+    # anyhow; what it starts later is laid out at random again.
+    fixed="setarch $(uname -m) --addr-no-randomize env PYTHONHASHSEED=0"
+    # shellcheck disable=SC2086 # these are words
+    $fixed true 2>/dev/null && set -- $fixed "$@"
 else
     set -- /bin/sh /run/fastboot/activator.sh
 fi

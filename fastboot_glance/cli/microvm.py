@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``fastbootctl microvm bake``."""
+"""``fastbootctl microvm bake|publish``."""
 
 import argparse
 import pathlib
 import sys
 from typing import Any
 
-from fastboot_common import exception, files
-from fastboot_common.cli import base
-from fastboot_common.microvm import artifact
+from fastboot_common import exception, files, publish
+from fastboot_common.cli import base, progress
+from fastboot_common.microvm import artifact, shelf
 from fastboot_glance import bakery, source
 
 
@@ -56,6 +56,49 @@ class Bake(base.ShowOne):
             **_sizes(parsed_args.directory, done.description),
             'seconds': done.seconds,
         })
+
+
+class Publish(base.ShowOne):
+    """Put a baked guest into the repository, beside its image.
+
+    What the image's boot set has in common with it is not stored again, nor
+    is what other guests have.
+    """
+
+    def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
+        """Its arguments."""
+        parser: argparse.ArgumentParser = super().get_parser(prog_name)
+        parser.add_argument('directory', type=pathlib.Path,
+                            help='what "microvm bake" made')
+        parser.add_argument('image', metavar='IMAGE_ID',
+                            help='that it was baked from: id or name')
+        return parser
+
+    def take_action(self, parsed_args: argparse.Namespace) -> Any:
+        """Publish it and say what was new."""
+        env = self.env
+        images = env.writable_repository()
+        image = images.image(parsed_args.image)
+        group = env.conf.repository
+        # All of it is what every host takes.
+        publisher = publish.Publisher(
+            env.writable_microvms(), env.cache,
+            level=group.boot_compression_level,
+            boot_level=group.boot_compression_level,
+            threads=group.threads or None)
+        workdir = env.state_dir / 'work'
+        files.make_directory(workdir)
+        with progress.Progress('publishing') as told:
+            done = shelf.put(parsed_args.directory, image, images, publisher,
+                             workdir, phase=_tell, progress=told)
+        return self.dict2columns({
+            'id': done.published.image.image_id, 'image': done.name.image,
+            'class': done.name.group, 'created': done.published.created,
+            'pages': done.pages, 'shared_pages': done.shared,
+            'blob_bytes': done.blob, 'new_bytes': done.published.new_bytes,
+            'stored_bytes': done.published.stored_bytes,
+            'seconds': {phase: round(seconds, 2) for phase, seconds
+                        in done.seconds.items()}})
 
 
 def _tell(phase: str) -> None:

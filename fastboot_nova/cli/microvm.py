@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``fastbootctl microvm resume``."""
+"""``fastbootctl microvm resume|fetch``."""
 
 import argparse
 import contextlib
 import pathlib
 import sys
+import time
 import uuid
 from typing import Any
 
 from fastboot_common import configdrive, exception, files, journal
-from fastboot_common.cli import base
-from fastboot_common.microvm import activation, artifact
+from fastboot_common.cli import base, progress
+from fastboot_common.microvm import activation, artifact, shelf
 
 
 class Resume(base.ShowOne):
@@ -95,6 +96,44 @@ class Resume(base.ShowOne):
             memory=args.memory or description.machine.memory,
             vcpus=args.vcpus, config_drive=home / 'config.iso',
             network=args.network, virt_type=description.key.virt_type)
+
+
+class Fetch(base.ShowOne):
+    """Get a baked guest from the repository, as it was published.
+
+    Its disk still names the image where it was baked.
+    """
+
+    def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
+        """Its arguments."""
+        parser: argparse.ArgumentParser = super().get_parser(prog_name)
+        parser.add_argument('image', metavar='IMAGE_ID', help='id or name')
+        parser.add_argument('directory', type=pathlib.Path,
+                            help='for the result: new, or empty')
+        parser.add_argument('--class', dest='group', metavar='CLASS',
+                            help='of hosts: the beginning of its name, if '
+                                 'there are several')
+        return parser
+
+    def take_action(self, parsed_args: argparse.Namespace) -> Any:
+        """Fetch it, compare it with its digests, and say what it is."""
+        images = self.env.open_repository()
+        image = images.image(parsed_args.image)
+        microvms = self.env.open_microvms()
+        entry = shelf.find(microvms.state(), image.image_id,
+                           parsed_args.group)
+        directory = parsed_args.directory
+        files.make_directory(directory)
+        if any(directory.iterdir()):
+            raise exception.Exists(f'{directory} is not empty')
+        begun = time.monotonic()
+        with progress.Progress('fetching') as told:
+            found = shelf.take(entry, microvms, images, directory, told)
+        return self.dict2columns({
+            'image': image.image_id, 'class': found.key.digest,
+            **{f'{name}_bytes': part.size
+               for name, part in found.parts.items()},
+            'seconds': round(time.monotonic() - begun, 2)})
 
 
 def _tell(phase: str) -> None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import bootsector
+import microvms
 import numpy as np
 import pytest
 
@@ -160,3 +161,41 @@ def test_damage_is_found_and_named(state, tmp_path):
     pack.write_bytes(data)
     problems = ctl.json('repo', 'check', '--deep', status=1)
     assert pack.name in problems[0]['Object']
+
+
+def test_microvms(state, ctl, nginx):
+    """Into a repository that is made for them, and back."""
+    baked, again = state / 'baked', state / 'again'
+    stream, _ = microvms.qemu_stream([bytes([at]) * 4096 for at in range(9)])
+    found = microvms.make(baked, stream, size=SIZE)
+    ctl('microvm', 'fetch', 'one', again, status=1)
+    done = ctl.json('microvm', 'publish', baked, 'one')
+    assert done['created'] and done['image'] == 'guest'
+    assert done['class'] == found.key.digest
+    assert not ctl.json('microvm', 'publish', baked, 'one')['created']
+    here = state / 's' / 'repository' / 'microvms' / 'packs'
+    assert sum(path.stat().st_size for path in here.glob('??/*')) == (
+        done['stored_bytes'])
+
+    came = ctl.json('microvm', 'fetch', 'one', again)
+    assert came['memory_bytes'] == found.parts['memory'].size
+    for path in baked.iterdir():
+        assert path.read_bytes() == (again / path.name).read_bytes()
+    assert 'not empty' in ctl('microvm', 'fetch', 'one', again,
+                              status=1).stderr
+    ctl('microvm', 'fetch', 'one', state / 'x', '--class', 'no', status=1)
+    assert 'no image' in ctl('microvm', 'publish', baked, 'other',
+                             status=1).stderr
+    served = Fastbootctl(state / 'elsewhere')
+    config = state / 'elsewhere' / 'fastboot.conf'
+    config.write_text(f'[repository]\n'
+                      f'location = {nginx(state / "s" / "repository").url}\n')
+    served.json('microvm', 'fetch', 'one', state / 'served')
+    for path in baked.iterdir():
+        assert path.read_bytes() == (state / 'served' / path.name
+                                     ).read_bytes()
+    assert 'only be read' in served('microvm', 'publish', baked, 'one',
+                                    status=1).stderr
+    # The images' repository is as it was.
+    assert ctl.json('repo', 'check', '--deep') == []
+    assert ctl.json('repo', 'stats')['images'] == 1

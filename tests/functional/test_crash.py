@@ -9,8 +9,10 @@ right, and the operation succeeds when it is repeated.
 
 import contextlib
 import os
+import pathlib
 import random
 import shutil
+import tempfile
 import threading
 
 import pytest
@@ -21,8 +23,12 @@ from images import (
     fast_directory,
     verify,
 )
+from oslo_config import cfg
 
-from fastboot_common import blockindex, exception, files, upkeep
+from fastboot_common import blockindex, exception, files, publish, upkeep
+from fastboot_common.cli import base
+from fastboot_common.conf import opts
+from fastboot_common.microvm import shelf
 
 DEAD = 9
 PAGE = 4096
@@ -55,7 +61,6 @@ class Steps:
         for name in ('fsync', 'fdatasync', 'rename', 'link', 'unlink',
                      'pwrite', 'ftruncate'):
             self.wrap(os, name)
-        import pathlib
         for name in ('rename', 'unlink'):
             self.wrap(pathlib.Path, name)
         self.wrap(files, 'punch')
@@ -360,6 +365,55 @@ def test_publish(worlds):
         assert upkeep.collect(world.repository, 0, 3600).files == 0
 
     every_step(worlds, 'published', operation, judge)
+
+
+def test_publish_microvm(worlds, tmp_path):
+    """Its repository, which the first one makes, is part of it."""
+    import microvms
+    rng = random.Random(1)
+    stream, _ = microvms.qemu_stream([rng.randbytes(PAGE) for _ in range(9)])
+    baked = tmp_path / 'baked'
+    microvms.make(baked, stream, size=40 * PAGE)
+    conf = opts.register(cfg.ConfigOpts())
+    conf([], default_config_files=[])
+
+    def operation(world):
+        env = environment(world)
+        images = env.writable_repository()
+        publisher = publish.Publisher(env.writable_microvms(),
+                                      world.path / 'work' / 'cache')
+        shelf.put(baked, images.image('one'), images, publisher,
+                  world.path / 'work')
+
+    def environment(world):
+        conf.set_override('location', str(world.path / 'repo'), 'repository')
+        return base.Environment(conf)
+
+    def stored(world):
+        """Whether it is there, and then as it was."""
+        try:
+            found = environment(world).open_microvms()
+        except exception.NotFound:
+            return False
+        assert not list(upkeep.check(found, deep=True))
+        for entry in found.state().images.values():
+            with tempfile.TemporaryDirectory() as name:
+                target = pathlib.Path(name)
+                shelf.take(entry, found, world.repository, target)
+                for path in baked.iterdir():
+                    assert path.read_bytes() == (
+                        target / path.name).read_bytes()
+        return bool(found.state().images)
+
+    def judge(world, ended):
+        assert ended <= stored(world)
+        assert not list(upkeep.check(world.repository, deep=True))
+        operation(world)
+        assert stored(world)
+        assert upkeep.collect(environment(world).open_microvms(), 0,
+                              3600).files == 0
+
+    assert every_step(worlds, 'published', operation, judge) > 10
 
 
 def test_collect(worlds):

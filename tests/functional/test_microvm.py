@@ -136,7 +136,9 @@ class Server:
         self.drive = room / 'config.iso'
         configdrive.build(
             self.drive, name, b'#cloud-config\nwrite_files:\n- path: /mark\n'
-            b'  content: ' + self.uuid.encode() + b'\n', plain=True)
+            b'  content: ' + self.uuid.encode() + b'\nruncmd:\n'
+            b'- cat /proc/self/personality /proc/self/environ > /started\n',
+            plain=True)
         disk.make(baked, room / 'disk', 10 * GIB)
         self.lane = lane.Lane.create(baked, room / 'lane')
         self.xml = definition.Server(**{
@@ -279,6 +281,11 @@ def test_copies_are_servers_of_their_own(servers, hypervisor, baked):
     assert one.run('systemctl is-active ssh') == 'active'
     assert not one.run('systemctl --failed --no-legend')
     assert abs(int(one.run('date +%s')) - time.time()) < 30
+
+    # What it runs is laid out at random, as what woke it up was not.
+    started = one.run('tr "\\000" "\\n" < /started').splitlines()
+    assert started[0] == '00000000'
+    assert not any(word.startswith('PYTHONHASHSEED') for word in started)
 
     # Of what woke it up nothing is left, nor of the guest it was.
     assert not one.run('ls -d /run/fastboot 2>/dev/null')
@@ -424,6 +431,59 @@ def test_the_command(baked, house):
         assert done['uuid'] in words
     finally:
         os.kill(number, signal.SIGKILL)
+
+
+@pytest.fixture(scope='module')
+def repository(house):
+    """A repository with the image that was baked, as hosts have it."""
+    subprocess.run(
+        [pathlib.Path(sys.executable).with_name('fastbootctl'),
+         '--state-dir', house / 's', 'repo', 'init'], check=True, timeout=60)
+    add(house, 'debian', house / 'image.qcow2')
+
+
+def add(house, name, image):
+    done = ctl(house, 'image', 'add', image, '--id', name, '--boots', 1)
+    assert done['boot'] == 'booted'
+
+
+def put(house, directory, name):
+    """Publish and fetch; what that took, and the artifact that came."""
+    done = ctl(house, 'microvm', 'publish', directory, name)
+    assert done['created']
+    target = house / f'{name}-again'
+    came = ctl(house, 'microvm', 'fetch', name, target)
+    for path in directory.iterdir():
+        subprocess.run(['cmp', path, target / path.name], check=True)
+    print(f'{name}: {done["stored_bytes"] / 2**20:.1f} MiB stored of '
+          f'{done["pages"] / 256:.0f}, {done["shared_pages"] / 256:.0f} of '
+          f'them the image\'s; split {done["seconds"]["split"]} s, publish '
+          f'{done["seconds"]["publish"]} s, fetch {came["seconds"]} s')
+    return done, target
+
+
+def test_in_a_repository(baked, repository, house, hypervisor, tmp_path):
+    """Small, equal, and what comes back is a server."""
+    first, came = put(house, baked, 'debian')
+    assert first['stored_bytes'] <= 32 << 20
+    one = Server(came, hypervisor, tmp_path, 'fetched')
+    try:
+        one.resume()
+        assert one.run('hostname') == 'fetched'
+    finally:
+        one.destroy()
+
+    derived = house / 'derived.qcow2'
+    subprocess.run([TOOL, 'derive', '--package', 'git',
+                    house / 'image.qcow2', derived], check=True, timeout=900)
+    add(house, 'derived', derived)
+    done = ctl(house, 'microvm', 'bake', derived, house / 'other',
+               '--timeout', 900)
+    assert done['state'] == 'baked', done['reason']
+    second, _ = put(house, house / 'other', 'derived')
+    share = second['stored_bytes'] / first['stored_bytes']
+    print(f'the second takes {share:.0%} of the first')
+    assert share <= .6
 
 
 def test_another_class_of_hosts(baked, hypervisor):

@@ -1,23 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
 """What µVMs are made of, and what their guests say."""
 
+import contextlib
 import dataclasses
+import hashlib
 import os
 import pathlib
+import struct
 import tempfile
 
 import microvms
 from kit import Parts, Target
 
 from fastboot_common import exception
+from fastboot_common.blocks import PAGE
 from fastboot_common.microvm import (
     activation,
     artifact,
+    blob,
     clone,
     document,
     identity,
     key,
+    pages,
     savefile,
+    stream,
 )
 
 MACHINE = artifact.Machine(512, 8192, 4, 4)
@@ -85,6 +92,100 @@ def description_seeds():
     return [one.pack(), bare.pack(), newer]
 
 
+# The memory of a guest: where its pages are
+
+def walk_stream(data):
+    """Two bytes of where the stream begins, and a file."""
+    parts = Parts(data)
+    start, rest = parts.number(2), parts.rest()
+    found = list(stream.pages(rest, start))
+    ends = [start, *(at + PAGE for at in found)]
+    assert all(end <= at for end, at in zip(ends, found, strict=False))
+    assert not found or ends[-1] <= len(rest)
+    cuts = pages.cut(len(rest), found)
+    assert set(found) <= set(cuts.tolist())
+    layout = pages.Layout.of(memoryview(rest), cuts,
+                             lambda page: (pages.ZEROS, 0))
+    assert layout.size == len(rest)
+
+
+def stream_seeds():
+    one, _ = microvms.qemu_stream([None, b'x' * 4096, None], 2)
+    two, _ = microvms.qemu_stream([None] * 5, 2)
+    return [b'\0\0' + one, b'\3\0abc' + two, b'\0\0' + one[:200]]
+
+
+# A µVM as one file
+
+def read_blob(data):
+    """A byte of how many pages it has, and what is in front of them."""
+    parts = Parts(data)
+    count, head = parts.number(1), parts.rest()
+    whole = head + bytes(-len(head) % PAGE)
+    whole += b'p' * PAGE * count
+
+    def read(numbers):
+        return b''.join(
+            whole[at * PAGE:(at + 1) * PAGE].ljust(
+                PAGE, b'\0') for at in numbers.tolist())
+
+    found = blob.Blob.read(read, len(whole))
+    assert found.count <= count + len(head) // PAGE
+    for layout in found.layouts.values():
+        assert layout.size <= pages.LIMIT + PAGE * len(whole)
+        if layout.size < 1 << 20:
+            made = b''.join(layout.join(read, read, 5000))
+            assert len(made) == layout.size
+    with contextlib.suppress(exception.Corrupt):
+        artifact.Description.parse(found.description)
+
+
+def blob_seeds():
+    zeros, page = bytes(PAGE), b'x' * PAGE
+    seeds = []
+    for memory, known, places in (
+            (b'ab' + page + zeros + b'c', {}, [2]), (b'', {}, []),
+            (page + zeros + zeros, {hashlib.sha256(page).digest(): 7}, [])):
+        builder = blob.Builder(known)
+        builder.add(artifact.MEMORY, memoryview(memory), places)
+        builder.add(artifact.DISK, memoryview(b'QFI' + page), [])
+        with tempfile.TemporaryDirectory() as name:
+            made = builder.write(pathlib.Path(name, 'blob'), 'image',
+                                 'ab' * 32, b'{}')
+        seeds.append(bytes([made.count]) + made.head().rstrip(b'\0'))
+    return seeds
+
+
+def read_rows(data):
+    """Pages of the blob, rows (a byte each), the rows, and the rest."""
+    parts = Parts(data)
+    count, rows = parts.number(1), parts.number(1)
+    layout = pages.Layout.parse(
+        parts.take(rows * pages.DTYPE.itemsize), parts.rest(), count)
+    kinds = pages.BLOB, pages.IMAGE, pages.ZEROS
+    assert sum(map(layout.count, kinds)) == layout.count()
+    if layout.count() < 300:
+        made = b''.join(layout.join(
+            lambda numbers: blob_page(numbers, count),
+            lambda numbers: b'i' * PAGE * len(numbers), 5000))
+        assert len(made) == layout.size
+        assert made.count(b'i') >= PAGE * layout.count(pages.IMAGE)
+
+
+def blob_page(numbers, count):
+    assert not len(numbers) or 0 <= numbers.min() <= numbers.max() < count
+    return b'b' * PAGE * len(numbers)
+
+
+def rows_seeds():
+    return [bytes([len(rows) and 4, len(rows)]) + b''.join(
+        struct.pack('<HHIQ', *row) for row in rows) + rest
+        for rows, rest in (
+            (((8, 0, 2, 1), (0, 1, 3, 1 << 39), (5, 2, 4, 0)), b'x' * 40),
+            ((), b''), (((0, 2, 1 << 25, 0),), b'end'),
+            (((4095, 0, 4, 0),), b'x' * 10))]
+
+
 # What a guest says, in pieces
 
 def hear_activator(data):
@@ -114,5 +215,8 @@ TARGETS = (
     Target('definition', read_definition, definition_seeds,
            (exception.Corrupt, clone.Unsuitable)),
     Target('microvm', read_description, description_seeds, longest=4096),
+    Target('stream', walk_stream, stream_seeds, (), longest=6000),
+    Target('blob', read_blob, blob_seeds, longest=1024),
+    Target('rows', read_rows, rows_seeds),
     Target('activator', hear_activator, activator_seeds, ()),
 )

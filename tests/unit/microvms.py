@@ -4,6 +4,7 @@
 import hashlib
 import os
 import pathlib
+import struct
 import uuid
 
 from fastboot_common.microvm import (
@@ -57,16 +58,54 @@ def a_key(**changes):
         'recipe': activation.RECIPE, **changes})
 
 
-def make(directory):
-    """An artifact whose memory no QEMU would load."""
+def qemu_stream(pages, per_section=5, tail=b'\4devices', machine=b'pc'):
+    """A stream as QEMU 7.2 writes it: its bytes, and where the pages are.
+
+    :param pages: 4 KiB each; None: of zeros.
+    """
+    size = max(len(pages), 1) * 4096
+    name = bytes([3]) + b'ram'
+    head = (b'QEVM\0\0\0\3\7' + struct.pack('>I', len(machine)) + machine
+            + b'\1\0\0\0\2' + name + struct.pack('>II', 0, 4)
+            + struct.pack('>Q', size + 4096 | 4)
+            + name + struct.pack('>Q', size)
+            + b'\4bios' + struct.pack('>Q', 4096)
+            + struct.pack('>Q', 0x10) + b'\x7e\0\0\0\2')
+    made, places, fresh = bytearray(head), [], True
+    groups = [range(at, min(at + per_section, len(pages)))
+              for at in range(0, len(pages), per_section)] or [range(0)]
+    for group in groups:
+        made += (b'\3' if group is groups[-1] else b'\2') + b'\0\0\0\2'
+        for number in group:
+            flags = 2 if pages[number] is None else 8
+            made += struct.pack('>Q', number * 4096 | flags
+                                | (0 if fresh else 0x20))
+            made += name if fresh else b''
+            fresh = False
+            if pages[number] is None:
+                made += b'\0'
+            else:
+                places.append(len(made))
+                made += pages[number]
+        made += struct.pack('>Q', 0x10) + b'\x7e\0\0\0\2'
+    return bytes(made + tail), places
+
+
+def make(directory, memory=b'', disk=b'', size=1 << 30):
+    """An artifact whose memory no QEMU would load.
+
+    :param memory: put in front of the stream's end.
+    :param disk: put behind the disk's beginning.
+    :param size: of the image.
+    """
     directory.mkdir(exist_ok=True)
     head = save_file().pack()
-    (directory / artifact.MEMORY).write_bytes(head + stream())
-    (directory / artifact.DISK).write_bytes(b'QFI\xfb' + bytes(200))
+    (directory / artifact.MEMORY).write_bytes(head + memory + stream())
+    (directory / artifact.DISK).write_bytes(b'QFI\xfb' + bytes(200) + disk)
     with (directory / artifact.MEMORY).open('rb') as file:
         found = identity.find(file.fileno(), len(head), BAKED)
     description = artifact.Description(
-        a_key(), artifact.Machine.of(CONFIG), found, 1 << 30,
+        a_key(), artifact.Machine.of(CONFIG), found, size,
         {name: part(directory / name)
          for name in (artifact.MEMORY, artifact.DISK)}, 1_700_000_000)
     artifact.write(directory, description)
