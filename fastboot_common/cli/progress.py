@@ -12,6 +12,11 @@ import tqdm
 _EVERY: Final = 10.0
 
 
+def tell(phase: str) -> None:
+    """Say that a part of some work begins."""
+    print(f'{phase} ...', file=sys.stderr, flush=True)
+
+
 class Progress:
     """Shows how far some work on bytes is. A context manager.
 

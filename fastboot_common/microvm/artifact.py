@@ -10,6 +10,7 @@
 The description is written last: a directory without one is no artifact.
 """
 
+import contextlib
 import dataclasses
 import errno
 import hashlib
@@ -157,6 +158,30 @@ def read(directory: pathlib.Path) -> Description:
 def write(directory: pathlib.Path, description: Description) -> None:
     """Make the parts that are in a directory an artifact."""
     files.write_atomically(directory / DESCRIPTION, description.pack())
+
+
+@contextlib.contextmanager
+def copied(directory: pathlib.Path, description: Description, name: str,
+           target: pathlib.Path) -> Iterator[None]:
+    """A part as a new file, which is removed if it is not all right, or if
+    the body fails.
+
+    :raises Corrupt: the part is not what it was.
+    :raises Exists: there is such a file; it stays.
+    :raises NoSpace: no room for it.
+    """
+    try:
+        with (directory / name).open('rb') as source:
+            found = copy(source.fileno(), target)
+        if found != description.parts[name]:
+            raise exception.Corrupt(
+                f'{directory / name}: its digest is another')
+        yield
+    except exception.Exists:
+        raise
+    except BaseException:
+        target.unlink(missing_ok=True)
+        raise
 
 
 def copy(source: int, target: pathlib.Path, limit: int = _SIZE_LIMIT

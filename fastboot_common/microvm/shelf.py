@@ -231,10 +231,10 @@ def take(entry: journal.Image, microvms: Repository, images: Repository,
     if (found.image, found.root) != (name.image, source.root):
         raise exception.Corrupt(
             f'the µVM of image {name.image} is of another content of it')
-    description = found.unpack(
-        directory, own.pages, contents.Contents(images, source).pages,
-        progress)
-    if description.key.digest != name.group:
+    if artifact.Description.parse(
+            found.description).key.digest != name.group:
         raise exception.Corrupt(
             f'the µVM of image {name.image} is of another class')
-    return description
+    return found.unpack(
+        directory, own.pages, contents.Contents(images, source).pages,
+        progress)

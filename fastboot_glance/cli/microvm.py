@@ -3,7 +3,6 @@
 
 import argparse
 import pathlib
-import sys
 from typing import Any
 
 from fastboot_common import exception, files, publish
@@ -49,7 +48,7 @@ class Bake(base.ShowOne):
             done = bakery.bake(
                 found.raw_path, found.virtual_size, parsed_args.directory,
                 workdir, options, backing=(image, found.format),
-                progress=_tell)
+                progress=progress.tell)
         return self.dict2columns({
             'state': done.state, 'reason': done.reason,
             'class': done.description and done.description.key.digest,
@@ -90,7 +89,7 @@ class Publish(base.ShowOne):
         files.make_directory(workdir)
         with progress.Progress('publishing') as told:
             done = shelf.put(parsed_args.directory, image, images, publisher,
-                             workdir, phase=_tell, progress=told)
+                             workdir, phase=progress.tell, progress=told)
         return self.dict2columns({
             'id': done.published.image.image_id, 'image': done.name.image,
             'class': done.name.group, 'created': done.published.created,
@@ -99,10 +98,6 @@ class Publish(base.ShowOne):
             'stored_bytes': done.published.stored_bytes,
             'seconds': {phase: round(seconds, 2) for phase, seconds
                         in done.seconds.items()}})
-
-
-def _tell(phase: str) -> None:
-    print(f'{phase} ...', file=sys.stderr, flush=True)
 
 
 def _sizes(directory: pathlib.Path,

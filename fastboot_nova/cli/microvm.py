@@ -4,7 +4,6 @@
 import argparse
 import contextlib
 import pathlib
-import sys
 import time
 import uuid
 from typing import Any
@@ -79,7 +78,7 @@ class Resume(base.ShowOne):
             options = {'deadline': args.deadline} if args.deadline else {}
             done = resume.resume(libvirt, one, resume.Spec(
                 server.xml(), activation.hostname(name), size,
-                stage=args.stage, **options), told=_tell)
+                stage=args.stage, **options), told=progress.tell)
             undo.pop_all()
             one.remove()
         return self.dict2columns({
@@ -134,10 +133,6 @@ class Fetch(base.ShowOne):
             **{f'{name}_bytes': part.size
                for name, part in found.parts.items()},
             'seconds': round(time.monotonic() - begun, 2)})
-
-
-def _tell(phase: str) -> None:
-    print(f'{phase} ...', file=sys.stderr, flush=True)
 
 
 def _make(home: pathlib.Path) -> None:

@@ -5,7 +5,6 @@ The guest has its file system mounted, with what its first boot wrote; so the
 disk is a copy of just that, on top of the same image.
 """
 
-import os
 import pathlib
 
 from fastboot_common import exception, qemu
@@ -30,20 +29,8 @@ def make(directory: pathlib.Path, path: pathlib.Path, size: int, *,
     if size < description.virtual_size:
         raise exception.Invalid(
             f'{size} bytes; the image has {description.virtual_size}')
-    source = os.open(directory / artifact.DISK, os.O_RDONLY)
-    try:
-        found = artifact.copy(source, path)
-        if found != description.parts[artifact.DISK]:
-            raise exception.Corrupt(
-                f'{directory / artifact.DISK}: its digest is another')
+    with artifact.copied(directory, description, artifact.DISK, path):
         if backing:
             qemu.rename_backing(path, *backing)
         if size > description.virtual_size:
             qemu.grow(path, size)
-    except exception.Exists:
-        raise
-    except BaseException:
-        path.unlink(missing_ok=True)
-        raise
-    finally:
-        os.close(source)

@@ -11,7 +11,6 @@ import pathlib
 import uuid
 from typing import Self
 
-from fastboot_common import exception
 from fastboot_common.microvm import artifact, clone, savefile
 
 
@@ -45,21 +44,8 @@ class Lane:
         :raises NoSpace: no room for it.
         """
         description = artifact.read(directory)
-        expected = description.parts[artifact.MEMORY]
-        source = os.open(directory / artifact.MEMORY, os.O_RDONLY)
-        try:
-            found = artifact.copy(source, path)
-            if found != expected:
-                raise exception.Corrupt(
-                    f'{directory / artifact.MEMORY}: its digest is another')
+        with artifact.copied(directory, description, artifact.MEMORY, path):
             return cls(path, directory, description)
-        except exception.Exists:
-            raise
-        except BaseException:
-            path.unlink(missing_ok=True)
-            raise
-        finally:
-            os.close(source)
 
     def dress(self, instance: clone.Instance) -> None:
         """Make the copy the instance's.

@@ -158,7 +158,6 @@ class Lab:
         finally:
             self.user.inside(host, 'ip', 'link', 'set', 'eth0', 'up')
 
-
     # Disks that can be filled
 
     def place(self, host: str) -> pathlib.Path:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """µVMs in a repository: taken apart, stored, and put together again."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -285,6 +286,17 @@ def test_what_is_put_is_taken(store, tmp_path):
     assert not store.put('one').published.created
     assert not [path for path in (tmp_path / 'work').iterdir()
                 if path.name.startswith('blob')]
+
+
+def test_of_another_class_than_the_journal_says(store, tmp_path):
+    store.add('one')
+    entry = store.put('one').published.image
+    name = shelf.Name('one', 'f' * 64)
+    entry = dataclasses.replace(entry, image_id=name.id, name=name.text)
+    (tmp_path / 'again').mkdir()
+    with pytest.raises(exception.Corrupt, match='another class'):
+        shelf.take(entry, store.microvms, store.images, tmp_path / 'again')
+    assert not list((tmp_path / 'again').iterdir())
 
 
 def test_a_derived_one_adds_what_is_its_own(store, tmp_path):
