@@ -400,10 +400,13 @@ def _element(stub: pathlib.Path, link: chain.Link,
 def _pause_rather_than_fail(disk: Any) -> None:
     """A guest waits for an export that is away, and sees no error.
 
-    The agent resumes it. A chain without an export fails as stock ones do.
+    The agent resumes it. A write that fills a part of a cluster reads the
+    rest of it from below, and fails as a write. A chain without an export
+    fails as stock ones do.
     """
     if disk.find(".//source[@protocol='nbd']") is not None:
-        disk.find('driver').set('rerror_policy', 'stop')
+        for policy in ('error_policy', 'rerror_policy'):
+            disk.find('driver').set(policy, 'stop')
 
 
 def portable(domain: str) -> str:

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Guests that paused because the export was away: they go on.
 
-With ``rerror_policy='stop'`` a read that fails pauses the guest. The first
+With ``error_policy='stop'`` and ``rerror_policy='stop'`` a write or read that
+fails pauses the guest. The first
 resume after an outage often pauses again, because QEMU connects anew only
 then; so it is tried until the guest runs.
 """

@@ -42,15 +42,17 @@ CODE = bytes.fromhex(
 
 
 def sector(text: bytes = b'', count: int = 0, first: int = 0,
-           step: int = 8, more: int = 0) -> bytes:
+           step: int = 8, more: int = 0, write: bool = False) -> bytes:
     """The sector's 512 bytes.
 
     :param text: what to print; nothing if empty.
     :param count: how many runs of 4 KiB to read.
     :param first: sector of the first run; `step` sectors on is the next.
     :param more: how many runs to read after the text.
+    :param write: write them instead.
     """
-    data = CODE.ljust(0x100, b'\0') + struct.pack(
+    code = CODE.replace(b'\xb4\x42', b'\xb4\x43') if write else CODE
+    data = code.ljust(0x100, b'\0') + struct.pack(
         '<HIBBHHHQBH', count, step, 16, 0, 8, 0, 0x1000, first, 0, more)
     return signed(data.ljust(0x140, b'\0') + text)
 

@@ -33,8 +33,12 @@ pytestmark = [
 
 SIZE = 32 << 20
 TEXT = b'read it all\r\n'
-#: Reads 4 KiB of each of 100 blocks that are in no boot set.
-BOOT = bootsector.sector(TEXT, count=100, first=4096, step=256)
+
+
+def boot(write):
+    """Reads or writes 4 KiB of each of 100 blocks that are in no boot set."""
+    return bootsector.sector(TEXT, count=100, first=4096, step=256,
+                             write=write)
 
 
 def wait_for(question, seconds=60):
@@ -44,7 +48,7 @@ def wait_for(question, seconds=60):
         time.sleep(0.05)
 
 
-def domain(room, backing, policy="rerror_policy='stop'"):
+def domain(room, backing):
     store = ElementTree.tostring(backing, encoding='unicode')
     return f'''
         <domain type='qemu'><name>guest</name>
@@ -52,7 +56,8 @@ def domain(room, backing, policy="rerror_policy='stop'"):
         <os><type arch='x86_64' machine='pc'>hvm</type></os>
         <devices>
         <disk type='file' device='disk'>
-        <driver name='qemu' type='qcow2' {policy}/>
+        <driver name='qemu' type='qcow2' error_policy='stop'
+         rerror_policy='stop'/>
         <source file='{room}/disk'/>{store}
         <target dev='vda' bus='virtio'/></disk>
         <controller type='usb' model='none'/><memballoon model='none'/>
@@ -60,13 +65,14 @@ def domain(room, backing, policy="rerror_policy='stop'"):
         </devices></domain>'''
 
 
-def publish(room):
+def publish(room, write):
     from fastboot_common import extents, manifest, publish, repository
     from fastboot_common.store.local import LocalStore
 
     raw = room / 'raw'
-    raw.write_bytes(BOOT + np.random.default_rng(1).bytes(
-        SIZE - len(BOOT)))
+    sector = boot(write)
+    raw.write_bytes(sector + np.random.default_rng(1).bytes(
+        SIZE - len(sector)))
     (room / 'repository').mkdir()
     store = LocalStore(room / 'repository')
     repository.init(store, 16384)
@@ -77,9 +83,9 @@ def publish(room):
     return store
 
 
-def scenario(room, told):
+def scenario(room, write, told):
     try:
-        run(pathlib.Path(room))
+        run(pathlib.Path(room), write)
         told.put('')
     except BaseException:
         told.put(traceback.format_exc())
@@ -102,9 +108,9 @@ def open_libvirt(room):
     return uri, libvirt.open(uri)
 
 
-def run(room):
+def run(room, write):
     uri, connection = open_libvirt(room)
-    store = publish(room)
+    store = publish(room, write)
     socket = room / 'nbd.sock'
     reachable, resumed = [False], []
     with host.Host(room / 'host', store, socket=socket) as served:
@@ -157,11 +163,12 @@ def run(room):
             guest.destroy()
 
 
-def test_a_paused_guest_runs_on():
+@pytest.mark.parametrize('write', [False, True], ids=['reads', 'writes'])
+def test_a_paused_guest_runs_on(write):
     context = multiprocessing.get_context('spawn')
     told = context.Queue()
     with tempfile.TemporaryDirectory(prefix='fb') as room:
-        child = context.Process(target=scenario, args=(room, told))
+        child = context.Process(target=scenario, args=(room, write, told))
         child.start()
         try:
             words = told.get(timeout=200)

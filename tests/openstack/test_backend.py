@@ -360,7 +360,8 @@ def test_the_chain_is_explicit(place):
     assert int(slice_.get('offset')) == 65536
     assert xml.find('.//backingStore/source/host').get('socket') == str(
         place.export)
-    assert xml.find('driver').get('rerror_policy') == 'stop'
+    for policy in ('error_policy', 'rerror_policy'):
+        assert xml.find('driver').get(policy) == 'stop'
     stock = image_of(place, kind=imagebackend.Qcow2)
     spawn(place, stock)
     assert 'backingStore' not in backing_of(place, stock)
