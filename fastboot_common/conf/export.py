@@ -14,7 +14,8 @@ OPTS = [
         'shield_wait', default=4, min=1,
         help='Seconds that the shield tries to reach a restarting export. '
              'Short, because a waiting read blocks suspend and snapshot; '
-             'then the guest is paused (error_policy and rerror_policy are stop).'),
+             'then the guest is paused (error_policy and rerror_policy are '
+             '"stop").'),
     cfg.StrOpt(
         'group',
         help='Group that may connect to the sockets: the one QEMU runs in. '

@@ -21,6 +21,27 @@ _DIGEST: Final = re.compile(r'[0-9a-f]{64}')
 
 
 @dataclasses.dataclass(frozen=True)
+class Platform:
+    """What a host knows of itself before it runs a guest.
+
+    The part of a key that needs no guest: hosts take the µVMs of their own
+    platforms, builders make those that hosts have.
+    """
+
+    arch: str
+    virt_type: str
+    qemu: str
+    save: int
+    recipe: int
+
+    @property
+    def text(self) -> str:
+        """One line, which equal platforms have."""
+        return (f'{self.arch}/{self.virt_type}/{self.save}/{self.recipe}/'
+                f'{self.qemu}')
+
+
+@dataclasses.dataclass(frozen=True)
 class Key:
     """A class of hosts.
 
@@ -54,6 +75,12 @@ class Key:
     def digest(self) -> str:
         """sha256 of that form: the name of the class."""
         return hashlib.sha256(self.canonical).hexdigest()
+
+    @property
+    def platform(self) -> Platform:
+        """Of hosts that may have this key."""
+        return Platform(self.arch, self.virt_type, self.qemu, self.save,
+                        self.recipe)
 
     def differences(self, other: Self) -> list[str]:
         """The members in which two keys are not the same."""

@@ -28,7 +28,14 @@ from fastboot_common import (
     publish,
 )
 from fastboot_common.blocks import PAGE
-from fastboot_common.microvm import artifact, blob, pages, savefile, stream
+from fastboot_common.microvm import (
+    artifact,
+    blob,
+    key,
+    pages,
+    savefile,
+    stream,
+)
 from fastboot_common.repository import Repository
 
 _NAME: Final = re.compile(r'([^/]{1,64})/([0-9a-f]{64})')
@@ -125,7 +132,8 @@ def put(directory: pathlib.Path, image: journal.Image, images: Repository,
         split = time.monotonic()
         phase('publishing')
         published = publisher.publish(
-            path, _draft(name, size, image, source), progress=progress,
+            path, _draft(name, size, image, source, description.key.platform),
+            progress=progress,
             visibility=image.visibility, owner=image.owner)
     counts = [sum(one.count(source) for one in made.values())
               for source in (pages.BLOB, pages.IMAGE)]
@@ -171,15 +179,21 @@ def _mapped(path: pathlib.Path) -> memoryview:
         os.close(fd)
 
 
+def platform_of(found: manifest.Manifest) -> str:
+    """Of the hosts that a µVM is for: the text of a platform."""
+    return str(found.source.get('platform'))
+
+
 def _draft(name: Name, size: int, image: journal.Image,
-           source: manifest.Manifest) -> manifest.Manifest:
+           source: manifest.Manifest, platform: key.Platform
+           ) -> manifest.Manifest:
     return manifest.Manifest(
         image_id=name.id, name=name.text, virtual_size=size,
         block_size=PAGE, root='', packs=[],
         extents=np.empty(0, extents.DTYPE),
         boot=np.arange(size // PAGE, dtype=np.int64),
         source={'format': 'microvm', 'size': size, 'image': image.image_id,
-                'root': source.root})
+                'root': source.root, 'platform': platform.text})
 
 
 def find(state: journal.State, image_id: str,

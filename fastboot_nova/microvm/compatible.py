@@ -10,7 +10,19 @@ from typing import Any
 
 from fastboot_common import qemu
 from fastboot_common.microvm import activation, clone, savefile
-from fastboot_common.microvm.key import Key
+from fastboot_common.microvm.key import Key, Platform
+
+
+def platforms(connection: Any) -> list[Platform]:
+    """What this host is: a platform for each way to run guests.
+
+    :param connection: to libvirt.
+    """
+    capabilities = connection.getCapabilities()
+    return [Platform(platform.machine(), kind, qemu.package(),
+                     savefile.VERSION, activation.RECIPE)
+            for kind in ('kvm', 'qemu')
+            if f"<domain type='{kind}'" in capabilities]
 
 
 def check(key: Key, connection: Any) -> None:
@@ -19,14 +31,8 @@ def check(key: Key, connection: Any) -> None:
     :param connection: to libvirt.
     :raises Unsuitable: it cannot, and why not.
     """
-    for name, here, there in (
-            ('architecture', platform.machine(), key.arch),
-            ('QEMU', qemu.package(), key.qemu),
-            ('version of save files', savefile.VERSION, key.save),
-            ('recipe', activation.RECIPE, key.recipe)):
-        if here != there:
-            raise clone.Unsuitable(
-                f'it was baked for another {name}: {there}, not {here}')
-    types = connection.getCapabilities()
-    if f"<domain type='{key.virt_type}'" not in types:
-        raise clone.Unsuitable(f'there is no {key.virt_type} here')
+    here = platforms(connection)
+    if key.platform not in here:
+        raise clone.Unsuitable(
+            f'it was baked for {key.platform.text}; this host is '
+            + (' and '.join(one.text for one in here) or 'none'))
