@@ -25,6 +25,7 @@ from fastboot_nova.agent import (
     metrics,
     network,
     observer,
+    reboots,
     report,
     resume,
     space,
@@ -81,6 +82,8 @@ class Agent:
         self._resumer = resume.Resumer(
             group.libvirt_uri, [served.path / 'volumes', self._socket],
             lambda: ways.healthy, told.resumed.inc)
+        self._reboots = reboots.Reboots(
+            group.libvirt_uri, told.rebooted.inc)
         self._lazy = domains.Lazy(group.libvirt_uri, self._socket,
                                   self._changed)
         self._bus: bus.Bus | None = None
@@ -96,11 +99,12 @@ class Agent:
             worker.Worker('space', self._space.keep, _SPACE_SECONDS),
             worker.Worker('leases', self._reconcile, group.lease_interval),
             self._sync.worker, self._hydrator.worker, self.reporter.worker,
-            self._lazy.worker, self._observer.worker]
+            self._observer.worker]
+        #: They start only if there is libvirt's module.
+        self._lookers = [self._reboots, self._lazy, *(
+            [self._resumer] if group.resume_guests else [])]
         if group.lock_memory:
             self._workers.append(self._memory.worker)
-        if group.resume_guests:
-            self._workers.append(self._resumer.worker)
         told.follow('locked_bytes', 'Boot sets locked in memory',
                     lambda: self._memory.bytes)
         told.follow('lazy_guests', 'Guests that need the export',
@@ -113,13 +117,10 @@ class Agent:
 
     def start(self) -> None:
         """Begin to work."""
+        for looker in self._lookers:
+            looker.start()
         for one in self._workers:
-            if one is self._resumer.worker:
-                self._resumer.start()
-            elif one is self._lazy.worker:
-                self._lazy.start()
-            else:
-                one.start()
+            one.start()
         if self._bus:
             self._bus.start()
 
@@ -130,12 +131,13 @@ class Agent:
         """
         if self._bus:
             self._bus.stop()
-        for one in self._workers:
+        workers = [*self._workers, *(one.worker for one in self._lookers)]
+        for one in workers:
             one.stop()
         self._sync.close()
         self._guests.close()
         # Not "all(...)" of a generator: each is waited for.
-        ended = [one.join(deadline) for one in self._workers]
+        ended = [one.join(deadline) for one in workers]
         self._memory.close()
         if all(ended):
             closer = threading.Thread(target=self._host.close, daemon=True)

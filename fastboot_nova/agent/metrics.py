@@ -42,6 +42,9 @@ class Metrics:
             'evicted_bytes', 'Bytes that this freed')
         self.resumed = self._counter(
             'resumed_guests', 'Guests that paused and were resumed')
+        self.rebooted = self._counter(
+            'rebooted_guests', 'Resumed guests that rebooted and were '
+            'started')
         self.images = self._gauge(
             'images', 'Images by their state on this host', 'state')
         self._gauges = {

@@ -16,8 +16,11 @@ from fastboot_common import exception
 
 
 @functools.cache
-def _events() -> None:
-    """Run libvirt's events: streams and its embedded driver need them."""
+def run_events() -> None:
+    """Run libvirt's events, in a thread that never ends.
+
+    Streams, its embedded driver and who wants to be told need them.
+    """
     libvirt.registerErrorHandler(lambda context, error: None, None)
     libvirt.virEventRegisterDefaultImpl()
 
@@ -34,7 +37,7 @@ def opened(uri: str) -> Iterator[Any]:
 
     :raises Unavailable: libvirt does not answer.
     """
-    _events()
+    run_events()
     try:
         found = libvirt.open(uri)
     except libvirt.libvirtError as error:

@@ -1,21 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """A guest that paused because the export was away runs on.
 
-Real QEMU under libvirt's embedded driver, which lives in the process that
-opens it: so all happens in a child.
+Real QEMU under libvirt's embedded driver.
 """
 
-import multiprocessing
 import os
-import pathlib
 import shutil
-import tempfile
-import threading
 import time
-import traceback
 from xml.etree import ElementTree
 
 import bootsector
+import embedded
 import numpy as np
 import pytest
 
@@ -39,13 +34,6 @@ def boot(write):
     """Reads or writes 4 KiB of each of 100 blocks that are in no boot set."""
     return bootsector.sector(TEXT, count=100, first=4096, step=256,
                              write=write)
-
-
-def wait_for(question, seconds=60):
-    deadline = time.monotonic() + seconds
-    while not question():
-        assert time.monotonic() < deadline, 'it did not come true'
-        time.sleep(0.05)
 
 
 def domain(room, backing):
@@ -83,33 +71,8 @@ def publish(room, write):
     return store
 
 
-def scenario(room, write, told):
-    try:
-        run(pathlib.Path(room), write)
-        told.put('')
-    except BaseException:
-        told.put(traceback.format_exc())
-
-
-def open_libvirt(room):
-    etc = room / 'root' / 'etc'
-    etc.mkdir(parents=True)
-    (etc / 'qemu.conf').write_text(
-        'stdio_handler = "file"\ncgroup_controllers = []\n'
-        'security_driver = "none"\nuser = "root"\ngroup = "root"\n')
-    libvirt.virEventRegisterDefaultImpl()
-
-    def events():
-        while True:
-            libvirt.virEventRunDefaultImpl()
-
-    threading.Thread(target=events, daemon=True).start()
-    uri = f'qemu:///embed?root={room}/root'
-    return uri, libvirt.open(uri)
-
-
 def run(room, write):
-    uri, connection = open_libvirt(room)
+    uri, connection = embedded.opened(room)
     store = publish(room, write)
     socket = room / 'nbd.sock'
     reachable, resumed = [False], []
@@ -135,7 +98,7 @@ def run(room, write):
             guest.createWithFlags(libvirt.VIR_DOMAIN_START_PAUSED)
         try:
             guest.resume()
-            wait_for(lambda: guest.state() == [
+            embedded.wait_for(lambda: guest.state() == [
                 libvirt.VIR_DOMAIN_PAUSED,
                 libvirt.VIR_DOMAIN_PAUSED_IOERROR])
             # Not without the export, and not a guest of others.
@@ -149,7 +112,7 @@ def run(room, write):
             with export():
                 reachable[0] = True
                 looker.start()
-                wait_for(lambda: TEXT in (room / 'serial').read_bytes())
+                embedded.wait_for(lambda: TEXT in (room / 'serial').read_bytes())
                 assert resumed == [1]
                 # One that an operator paused stays paused.
                 guest.suspend()
@@ -165,16 +128,4 @@ def run(room, write):
 
 @pytest.mark.parametrize('write', [False, True], ids=['reads', 'writes'])
 def test_a_paused_guest_runs_on(write):
-    context = multiprocessing.get_context('spawn')
-    told = context.Queue()
-    with tempfile.TemporaryDirectory(prefix='fb') as room:
-        child = context.Process(target=scenario, args=(room, write, told))
-        child.start()
-        try:
-            words = told.get(timeout=200)
-        finally:
-            # What libvirt's driver left running ends with it.
-            child.join(3)
-            child.kill()
-            child.join()
-    assert not words, words
+    embedded.run(run, write)

@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Guests that were resumed and reboot from inside: they start as defined.
+
+The running machine of such a server is the template's and ends with a
+reboot (``on_reboot`` is ``destroy``). libvirt says that it shut down, as of a
+guest that switched itself off; only QEMU knows why (libvirt 9.0, QEMU 7.2).
+Nova waits 15 seconds before it takes a server that ended for a stopped one,
+and forgets that if it runs again by then.
+"""
+
+import contextlib
+import json
+import queue
+import time
+from collections.abc import Callable
+from typing import Any, Final
+
+from oslo_log import log as logging
+
+from fastboot_nova.agent import worker
+from fastboot_nova.agent.domains import libvirt
+
+try:
+    import libvirt_qemu
+
+    from fastboot_nova.microvm import connection as connections
+except ImportError:
+    libvirt_qemu = None
+
+LOG = logging.getLogger(__name__)
+
+_INTERVAL: Final = 2.0
+_SOON: Final = 0.25
+#: Within this after its end, a guest is started; later Nova says it is
+#: stopped, and so it shall be.
+_PATIENCE: Final = 12.0
+
+
+class Reboots:
+    """Starts them.
+
+    :param uri: of libvirt.
+    :param started: called for each guest that was started.
+    """
+
+    def __init__(self, uri: str, started: Callable[[], None]) -> None:
+        self._uri = uri
+        self._started = started
+        self._connection: Any = None
+        self._heard: queue.SimpleQueue[str] = queue.SimpleQueue()
+        #: Until when the guests that ended may be started (monotonic).
+        self._due: dict[str, float] = {}
+        self.worker = worker.Worker('reboots', self._step, _INTERVAL)
+
+    def start(self) -> None:
+        """Begin, if there are libvirt's modules."""
+        if libvirt_qemu is not None:
+            # Before anybody opens a connection, says libvirt.
+            connections.run_events()
+            self.worker.start()
+
+    @property
+    def watching(self) -> bool:
+        """Whether a reboot would be seen now."""
+        return self._connection is not None
+
+    def _step(self) -> None:
+        try:
+            self._watch()
+            while not self.worker.stopping():
+                self._hear()
+                if not self._due:
+                    return
+                for uuid in list(self._due):
+                    self._try(uuid)
+                self.worker.pause(_SOON)
+        except libvirt.libvirtError as error:
+            LOG.debug('libvirt: %s', error)
+            self._forget()
+
+    def _watch(self) -> None:
+        """Be told of ends by libvirt.
+
+        :raises libvirt.libvirtError: it does not answer.
+        """
+        if self._connection is not None and self._connection.isAlive():
+            return
+        self._forget()
+        connection = libvirt.open(self._uri)
+        with contextlib.suppress(libvirt.libvirtError):
+            # Not all drivers know it.
+            connection.setKeepAlive(5, 3)
+        libvirt_qemu.qemuMonitorEventRegister(
+            connection, None, 'SHUTDOWN', self._ended, None)
+        self._connection = connection
+
+    def _forget(self) -> None:
+        connection, self._connection = self._connection, None
+        with contextlib.suppress(libvirt.libvirtError):
+            if connection is not None:
+                connection.close()
+
+    def _ended(self, connection: Any, guest: Any, event: str, seconds: int,
+               micros: int, details: str, opaque: Any) -> None:
+        """Called by libvirt's thread, which must not wait for libvirt."""
+        with contextlib.suppress(ValueError):
+            if json.loads(details or '{}').get('reason') == 'guest-reset':
+                self._heard.put(guest.UUIDString())
+                self.worker.wake()
+
+    def _hear(self) -> None:
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._due[self._heard.get_nowait()] = (
+                    time.monotonic() + _PATIENCE)
+
+    def _try(self, uuid: str) -> None:
+        """Start a guest, unless it is still ending."""
+        try:
+            guest = self._connection.lookupByUUIDString(uuid)
+            if guest.isActive():
+                self._wait(uuid, f'{guest.name()} does not end')
+                return
+            guest.create()
+        except libvirt.libvirtError as error:
+            if error.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN:
+                del self._due[uuid]  # deleted, or never to be kept
+                return
+            if not self._connection.isAlive():
+                raise
+            self._wait(uuid, str(error))
+        else:
+            del self._due[uuid]
+            LOG.info('guest %s rebooted, and runs on its own machine now',
+                     guest.name())
+            self._started()
+
+    def _wait(self, uuid: str, reason: str) -> None:
+        if time.monotonic() > self._due[uuid]:
+            del self._due[uuid]
+            LOG.warning('guest %s rebooted, but was not started: %s; Nova '
+                        'has it stopped', uuid, reason)
