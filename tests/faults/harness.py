@@ -90,8 +90,17 @@ class Lab:
 
     def start(self, image: str, host: str) -> Guest:
         """A guest; it begins to look at all of its disk."""
+        # Nova itself starts nothing on a host that it has not heard of for a
+        # minute; after a jump of the clock that is so until the next word.
+        self.user.wait(lambda: self._is_up(host), RECOVERY,
+                       f'nova-compute on {host} to be heard')
         boot = self.user.boot('fault', image, host, flavor=FLAVOR, prompt='')
         return Guest(boot, self.images[image])
+
+    def _is_up(self, host: str) -> bool:
+        return any(one.state == 'up' for one in
+                   self.user.cloud.compute.services(
+                       binary='nova-compute', host=host))
 
     def steps(self, guest: Guest) -> int:
         """How far a guest is.
