@@ -20,6 +20,8 @@ from fastboot_common import chain, exception, qcow2
 #: backing string, cluster bits, size.
 _HEADER: Final = struct.Struct('>IIQIIQ')
 #: What the specification allows (docs/interop/qcow2.txt).
+#: Where a header has the L1 table's number of entries and offset.
+_L1: Final = slice(36, 48)
 _BACKING_LIMIT: Final = 1023
 #: Bytes of the largest cluster; the string ends in the first one.
 _CLUSTER_LIMIT: Final = 2 << 20
@@ -78,6 +80,29 @@ def read_backing(path: pathlib.Path) -> tuple[str | None, int] | None:
         raise exception.NotFound(f'{path} is not there') from error
     except (UnicodeDecodeError, OverflowError, ValueError) as error:
         raise exception.Corrupt(f'{path}: backing string: {error}') from error
+
+
+def is_empty(path: pathlib.Path) -> bool:
+    """Whether nothing was ever written to an overlay.
+
+    :raises NotFound: there is no such file.
+    """
+    try:
+        with open(path, 'rb') as file:
+            head = file.read(_L1.stop)
+            if len(head) < _L1.stop or int.from_bytes(
+                    head[:4], 'big') != qcow2.MAGIC:
+                return False
+            entries, offset = struct.unpack('>IQ', head[_L1])
+            length = 8 * entries
+            if length > qcow2.L1_LIMIT:
+                return False
+            table = os.pread(file.fileno(), length, offset)
+            return len(table) == length and not any(table)
+    except FileNotFoundError as error:
+        raise exception.NotFound(f'{path} is not there') from error
+    except OverflowError:
+        return False
 
 
 def read_stub(path: pathlib.Path) -> Stub | None:

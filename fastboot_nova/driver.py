@@ -25,7 +25,7 @@ from oslo_log import log as logging
 from oslo_utils import fileutils, units
 
 from fastboot_common import chain, exception, overlay
-from fastboot_nova import backend
+from fastboot_nova import backend, spawn
 
 LOG = logging.getLogger(__name__)
 CONF = nova.conf.CONF
@@ -43,6 +43,8 @@ class FastbootLibvirtDriver(driver.LibvirtDriver):
         #: GiB that fastboot holds of Nova's disk, as last known.
         self._held = 0
         self._is_local = False
+        #: Servers that are being started for the first time.
+        self._new: set[str] = set()
         kind = self.image_backend.backend()
         if kind is not driver.imagebackend.Qcow2:
             LOG.warning(
@@ -53,6 +55,35 @@ class FastbootLibvirtDriver(driver.LibvirtDriver):
         self.image_backend.BACKEND.update(
             qcow2=backend.FastbootQcow2, default=backend.FastbootQcow2)
         self._is_local = True
+
+    # New servers
+
+    def _create_guest_with_network(
+            self, context: Any, xml: str, instance: Any, *args: Any,
+            cleanup_instance_disks: bool = False, **kwargs: Any) -> Any:
+        # Nova says so of disks that it has just made.
+        new = self._new if cleanup_instance_disks else set()
+        new.add(instance.uuid)
+        try:
+            return super()._create_guest_with_network(
+                context, xml, instance, *args,
+                cleanup_instance_disks=cleanup_instance_disks, **kwargs)
+        finally:
+            new.discard(instance.uuid)
+
+    def _create_guest(
+            self, context: Any, xml: str, instance: Any,
+            power_on: bool = True, pause: bool = False,
+            post_xml_callback: Any = None) -> Any:
+        if instance.uuid in self._new and power_on:
+            guest = spawn.attempt(self._host, xml, instance,
+                                  post_xml_callback or (lambda: None))
+            if guest is not None:
+                if not pause:
+                    guest.resume()
+                return guest
+        return super()._create_guest(context, xml, instance, power_on, pause,
+                                     post_xml_callback)
 
     def update_provider_tree(
             self, provider_tree: Any, nodename: str,

@@ -46,6 +46,21 @@ OPTS = [
         help='Seconds that a server whose disk already lies on local blocks '
              'waits until they are here: a migration to a host that never '
              'saw the image, or a start while the agent restarts.'),
+    cfg.BoolOpt(
+        'resume', default=True,
+        help='Whether new servers are resumed where the host has a µVM of '
+             'their image. Off: they boot. A flavor says so with the extra '
+             'spec "fastboot:microvm" = "no".'),
+    cfg.FloatOpt(
+        'resume_wait', default=5.0, min=0, max=60,
+        help='Seconds that a new server waits for a lane while others '
+             'of the same image are resumed. Then it boots.'),
+    cfg.FloatOpt(
+        'resume_deadline', default=10.0, min=1, max=300,
+        help='Seconds that a resumed guest has to become its server, from '
+             'its first instruction to its own identity. One that does not '
+             'is thrown away, and the server boots from a fresh disk. Raise '
+             'it where the processors of hosts are overcommitted.'),
 ]
 
 

@@ -57,6 +57,8 @@ class Spec:
         :data:`fastboot_common.microvm.activation.STAGES`.
     :ivar deadline: seconds from the first instruction to that stage.
     :ivar entropy: see :func:`fastboot_common.microvm.activation.request`.
+    :ivar linked: whether the interfaces get their links at IDENTITY; else
+        who has the result raises them.
     """
 
     xml: str
@@ -65,6 +67,7 @@ class Spec:
     stage: str = activation.IDENTITY
     deadline: float = DEADLINE
     entropy: bytes | None = None
+    linked: bool = True
 
 
 @dataclasses.dataclass
@@ -77,21 +80,34 @@ class Resumed:
 
     domain: Any
     seconds: dict[str, float]
+    interfaces: list[document.Element]
+
+    def link(self) -> None:
+        """Raise the links of its interfaces.
+
+        :raises libvirt.libvirtError: it ended.
+        """
+        for interface in self.interfaces:
+            self.domain.updateDeviceFlags(
+                document.text_of(clone.linked(interface, 'up')),
+                libvirt.VIR_DOMAIN_AFFECT_LIVE)
 
 
 def resume(connection: Any, lane: Lane, spec: Spec, *,
-           told: Callable[[str], None] | None = None) -> Resumed:
+           told: Callable[[str], None] | None = None,
+           prepare: Callable[[], None] | None = None) -> Resumed:
     """Resume a copy of the guest in `lane` as the instance of `spec`.
 
     :param connection: to libvirt; :func:`compatible.check` has seen that
         this host can run what is in the lane.
     :param told: called at the end of each phase with its name.
+    :param prepare: called when the domain is defined.
     :raises Unsuitable: the instance cannot be such a copy; nothing was done.
     :raises ResumeFailed: it did not come up.
     """
     instance = clone.instance(spec.xml, lane.description.machine)
     return _Resume(connection, lane, spec, instance,
-                   told or (lambda phase: None)).run()
+                   told or (lambda phase: None)).run(prepare)
 
 
 class _Resume:
@@ -109,13 +125,15 @@ class _Resume:
         self._phase = 'begin'
         self._seconds: dict[str, float] = {}
 
-    def run(self) -> Resumed:
+    def run(self, prepare: Callable[[], None] | None) -> Resumed:
         with self._failing(), contextlib.ExitStack() as undo:
             self._see_that_it_is_new()
             undo.callback(_remove, self._instance.disk)
             self._enter('define')
             domain = self._connection.defineXML(self._spec.xml)
             undo.callback(_undefine, domain)
+            if prepare:
+                prepare()
             self._enter('dress')
             self._lane.dress(self._instance)
             undo.callback(_destroy, domain)
@@ -125,10 +143,12 @@ class _Resume:
                 port.send(self._request(), _SEND_SECONDS)
                 domain.resume()
                 self._enter('wait')
-                self._wait(port, domain)
+                done = Resumed(domain, self._seconds,
+                               self._instance.interfaces)
+                self._wait(port, done)
             undo.pop_all()
             self._mark('end')
-            return Resumed(domain, self._seconds)
+            return done
 
     def _see_that_it_is_new(self) -> None:
         """Asked before anything else: the disk would be that server's.
@@ -190,7 +210,7 @@ class _Resume:
             vcpus=self._instance.vcpus, memory=self._instance.memory,
             entropy=self._spec.entropy)
 
-    def _wait(self, port: '_Port', domain: Any) -> None:
+    def _wait(self, port: '_Port', done: Resumed) -> None:
         """Follow the guest to the stage that is asked for.
 
         :raises ResumeFailed: it does not come there in time.
@@ -205,19 +225,13 @@ class _Resume:
                 continue
             del due[0]
             self._mark(line.word)
-            if line.word == activation.IDENTITY:
-                self._link(domain)
+            if line.word == activation.IDENTITY and self._spec.linked:
+                done.link()
             if line.word == self._spec.stage:
                 return
         raise ResumeFailed(
             self._phase, f'the guest did not come to {due[0]} within '
             f'{self._spec.deadline:.0f} seconds')
-
-    def _link(self, domain: Any) -> None:
-        for interface in self._instance.interfaces:
-            domain.updateDeviceFlags(
-                document.text_of(clone.linked(interface, 'up')),
-                libvirt.VIR_DOMAIN_AFFECT_LIVE)
 
 
 class _Port:

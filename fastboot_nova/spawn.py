@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""New servers that are resumed instead of booted, where a µVM is.
+
+Nova has made all that an ordinary boot needs, and its own definition says
+what the server is. So whatever speaks against a resume, or goes wrong in
+one, ends in that boot, from a disk that is made anew. Imports nova; only
+nova-compute loads it.
+"""
+
+import contextlib
+import dataclasses
+import os
+import pathlib
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, Final, Self
+
+import nova.conf
+from nova.virt.libvirt import guest as libvirt_guest
+from oslo_log import log as logging
+from oslo_utils import strutils
+
+from fastboot_common import chain, exception, overlay
+from fastboot_common.microvm import activation, clone, document, template
+from fastboot_nova import backend, notice
+from fastboot_nova.microvm import disk as baked
+from fastboot_nova.microvm import remote, resume
+
+LOG = logging.getLogger(__name__)
+CONF = nova.conf.CONF
+
+#: Extra spec of flavors; "no": servers are not resumed.
+MICROVM: Final = 'fastboot:microvm'
+#: Extra specs that ask for a processor which the template may not have.
+_TRAITS: Final = 'trait:HW_CPU_'
+_BUSY_SECONDS: Final = 0.05
+_NEW: Final = '.new'
+
+
+class Guest(libvirt_guest.Guest):
+    """A guest that runs, with interfaces that have no link yet.
+
+    To Nova it is one that was started paused.
+    """
+
+    def __init__(self, resumed: resume.Resumed) -> None:
+        super().__init__(resumed.domain)
+        self._resumed = resumed
+
+    def resume(self) -> None:
+        """Raise the links."""
+        self._resumed.link()
+
+
+@dataclasses.dataclass(frozen=True)
+class Disk:
+    """The root disk that Nova made, on a stub (bytes)."""
+
+    path: pathlib.Path
+    stub: pathlib.Path
+    image_id: str
+    size: int
+
+    @classmethod
+    def of(cls, xml: str) -> Self | None:
+        """That of a definition; None: it lies on no stub, or something was
+        written to it.
+
+        :raises FastbootError: there is none, or it makes no sense.
+        """
+        source = template.root_disk(document.parse(xml)).find('source')
+        path = pathlib.Path((source is not None and source.get('file')) or '')
+        stub = backend.stub_of(str(path)) if path.is_absolute() else None
+        if stub is None or not overlay.is_empty(path):
+            return None
+        found = overlay.read_backing(path)
+        return cls(path, stub, overlay.follow(stub).image_id,
+                   found[1] if found else 0)
+
+    def bake(self, directory: pathlib.Path) -> None:
+        """Have on it what the µVM's first boot wrote."""
+        with self._anew() as path:
+            baked.make(directory, path, self.size,
+                       backing=(self.stub, 'qcow2'))
+
+    def renew(self) -> None:
+        """Have nothing on it."""
+        with self._anew() as path:
+            chain.make_disk(path, self.stub, self.size)
+
+    @contextlib.contextmanager
+    def _anew(self) -> Iterator[pathlib.Path]:
+        path = self.path.with_name(self.path.name + _NEW)
+        path.unlink(missing_ok=True)
+        yield path
+        os.replace(path, self.path)
+
+
+def attempt(host: Any, xml: str, instance: Any,
+            prepare: Callable[[], None]) -> Guest | None:
+    """Resume a server whose disks Nova has just made.
+
+    :param host: Nova's.
+    :param xml: its definition.
+    :param prepare: what Nova does when the domain is defined.
+    :returns: None: it is to be booted, and all is as it was before.
+    """
+    try:
+        _check_wishes(instance)
+        disk = Disk.of(xml)
+        lane = disk and _take(disk.image_id, instance.uuid)
+    except exception.NotFound as error:
+        LOG.debug('fastboot: not resumed: %s', error, instance=instance)
+        return None
+    except (exception.FastbootError, OSError) as error:
+        LOG.info('fastboot: not resumed: %s', error, instance=instance)
+        return None
+    if disk is None or lane is None:
+        return None
+    return _Attempt(host.get_connection(), xml, instance, disk, lane).run(
+        prepare)
+
+
+def _check_wishes(instance: Any) -> None:
+    """:raises NotFound: the owner, or the operator, wants no resume."""
+    if not CONF.fastboot.resume:
+        raise exception.NotFound('[fastboot] resume is off')
+    specs = instance.flavor.extra_specs
+    if not strutils.bool_from_string(specs.get(MICROVM), default=True):
+        raise exception.NotFound(f'the flavor has {MICROVM}='
+                                 f'{specs[MICROVM]}')
+    for name in specs:
+        if name.startswith(_TRAITS):
+            raise exception.NotFound(f'the flavor has {name}')
+
+
+def _take(image_id: str, holder: str) -> remote.Lane:
+    """A lane; others may be about to give one back.
+
+    :raises FastbootError: there is none.
+    """
+    deadline = time.monotonic() + CONF.fastboot.resume_wait
+    while True:
+        try:
+            return remote.take(backend.agent(), image_id, holder)
+        except exception.Busy:
+            if time.monotonic() >= deadline:
+                raise
+        time.sleep(_BUSY_SECONDS)
+
+
+class _Attempt:
+    """One server."""
+
+    def __init__(self, connection: Any, xml: str, instance: Any, disk: Disk,
+                 lane: remote.Lane) -> None:
+        self._connection = connection
+        self._xml = xml
+        self._instance = instance
+        self._disk = disk
+        self._lane = lane
+        self._began = time.monotonic()
+
+    def run(self, prepare: Callable[[], None]) -> Guest | None:
+        """See :func:`attempt`."""
+        failure = resume.ResumeFailed('disk', 'interrupted')
+        try:
+            clone.instance(self._xml, self._lane.description.machine,
+                           self._lane.description.key.virt_type)
+            done = self._resume(prepare)
+        except clone.Unsuitable as error:
+            self._lane.give_back(remote.REFUSED, 'begin', str(error))
+            self._log('fastboot: booted, not resumed: %s', str(error))
+            return None
+        except resume.ResumeFailed as error:
+            failure = error
+        except BaseException as error:
+            self._lane.give_back(remote.FAILED, 'begin', repr(error))
+            raise
+        else:
+            self._lane.give_back(remote.RESUMED, seconds=done.seconds)
+            self._tell(done.seconds)
+            return Guest(done)
+        self._lane.give_back(remote.FAILED, failure.phase, failure.reason)
+        self._disk.renew()
+        LOG.warning('fastboot: %s; booted from a fresh disk after %.1f s',
+                    failure, time.monotonic() - self._began,
+                    instance=self._instance)
+        self._emit('fallback', phase=failure.phase, reason=failure.reason)
+        return None
+
+    def _resume(self, prepare: Callable[[], None]) -> resume.Resumed:
+        try:
+            self._disk.bake(self._lane.directory)
+        except (exception.FastbootError, OSError) as error:
+            raise resume.ResumeFailed('disk', str(error)) from error
+        return resume.resume(
+            self._connection, self._lane, resume.Spec(
+                self._xml, activation.hostname(self._instance.hostname or ''),
+                self._disk.size, deadline=CONF.fastboot.resume_deadline,
+                linked=False), prepare=prepare)
+
+    def _tell(self, seconds: dict[str, float]) -> None:
+        self._log('fastboot: resumed from the µVM of image %s: %s',
+                  self._disk.image_id, ', '.join(
+                      f'{name} {moment:.2f} s'
+                      for name, moment in seconds.items()))
+        self._emit('resumed', phases=seconds)
+
+    def _log(self, words: str, *values: Any) -> None:
+        LOG.info(words, *values, instance=self._instance)
+
+    def _emit(self, event: str, **payload: Any) -> None:
+        notice.emit(event, self._disk.image_id, self._instance,
+                    seconds=round(time.monotonic() - self._began, 3),
+                    **payload)
