@@ -1,19 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The bytes of a published image, read from the repository itself.
+"""The bytes of a published image, a page here and a page there.
 
-For those who want some pages of it once, in any order. Hosts have
-:mod:`fastboot_nova.mirror` instead, which keeps what it fetched.
+For those who want some pages of it once, in any order: from the repository
+itself, or from a host's mirror of it.
 """
 
 import collections
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from fastboot_common import blocks, extents, manifest, pack
 from fastboot_common.blocks import PAGE
-from fastboot_common.repository import Repository
 
 #: Plain frames that stay in memory (:data:`pack.FRAME` bytes each).
 _FRAMES: Final = 16
@@ -21,12 +20,22 @@ _FRAMES: Final = 16
 _Plain = npt.NDArray[np.uint8]
 
 
+class Source(Protocol):
+    """A repository, or a mirror of one."""
+
+    def read_manifest(self, digest: str) -> manifest.Manifest: ...
+
+    def pack_index(self, ref: pack.PackRef) -> pack.PackIndex: ...
+
+    def pack_plain(self, index: pack.PackIndex, number: int) -> bytes: ...
+
+
 class Contents:
     """One image. Use from one thread."""
 
-    def __init__(self, repository: Repository,
+    def __init__(self, source: Source,
                  image: manifest.Manifest) -> None:
-        self._repository = repository
+        self._source = source
         self._image = image
         self._pages = image.block_size // PAGE
         self._indexes: dict[int, pack.PackIndex] = {}
@@ -61,7 +70,7 @@ class Contents:
 
     def _index(self, position: int) -> pack.PackIndex:
         if position not in self._indexes:
-            self._indexes[position] = self._repository.pack_index(
+            self._indexes[position] = self._source.pack_index(
                 self._image.packs[position])
         return self._indexes[position]
 
@@ -70,8 +79,7 @@ class Contents:
         key = position, frame
         if key not in self._frames:
             index = self._index(position)
-            read = self._repository.pack_read(index.ref.digest)
-            plain = index.decode(frame, read(*index.extent(frame)))
+            plain = self._source.pack_plain(index, frame)
             self._frames[key] = np.frombuffer(plain, np.uint8).reshape(
                 -1, PAGE)
             if len(self._frames) > _FRAMES:

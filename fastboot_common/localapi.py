@@ -31,6 +31,7 @@ from fastboot_common import exception, sockets
 
 LOG = logging.getLogger(__name__)
 
+#: Bytes of a request's body, unless its route takes more.
 _BODY_LIMIT: Final = 16384
 _THREADS: Final = 64
 _IDLE_SECONDS: Final = 30.0
@@ -64,6 +65,7 @@ class Route:
         many threads at once. May raise any of fastboot's errors.
     :ivar status: of an answer that is no error.
     :ivar limit: calls at a time; more are answered with 503.
+    :ivar body: bytes that a request may have.
     """
 
     method: str
@@ -71,6 +73,7 @@ class Route:
     call: Callable[..., Body]
     status: int = 200
     limit: int = _THREADS
+    body: int = _BODY_LIMIT
 
     @property
     def name(self) -> str:
@@ -103,13 +106,14 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         """Any error is an answer."""
         self.server.work(self.connection)
         length = self.headers.get('Content-Length', default)
+        limit = self._body_limit()
         if (not re.fullmatch('[0-9]{1,9}', length)
-                or int(length) > _BODY_LIMIT
+                or int(length) > limit
                 or 'Transfer-Encoding' in self.headers):
             # Nobody knows where the next request would begin.
             self.close_connection = True
             self.send_error(400, f'Content-Length must be given, and be at '
-                                 f'most {_BODY_LIMIT} bytes')
+                                 f'most {limit} bytes')
             return
         raw = self.rfile.read(int(length))
         try:
@@ -126,6 +130,13 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.send_error(status, f'{type(error).__name__}: {error}')
         else:
             self._answer(route.status, answer)
+
+    def _body_limit(self) -> int:
+        try:
+            return self._find()[0].body
+        except (exception.NotFound, MethodError):
+            # Which is answered when it was read.
+            return _BODY_LIMIT
 
     def _find(self) -> tuple[Route, tuple[str, ...]]:
         others = False

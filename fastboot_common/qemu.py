@@ -14,6 +14,7 @@ import os
 import pathlib
 import re
 import secrets
+import shutil
 import socket
 import subprocess
 import time
@@ -91,13 +92,23 @@ def version(tool: str = SYSTEM) -> tuple[int, ...]:
     return found
 
 
-@functools.cache
 def package(tool: str = SYSTEM) -> str:
     """The version of a program of QEMU, with the distribution's own.
+
+    Of the program that is there now: services live longer than a package.
 
     :raises ConfigError: it is missing, too old, or has none.
     """
     version(tool)
+    try:
+        found = os.stat(shutil.which(tool) or tool)
+    except OSError as error:
+        raise exception.ConfigError(f'{tool}: {error}') from error
+    return _package(tool, (found.st_dev, found.st_ino, found.st_mtime_ns))
+
+
+@functools.cache
+def _package(tool: str, _file: tuple[int, ...]) -> str:
     words = _run([tool, '--version'], 30).decode(errors='replace')
     match = re.search(r'version ([ -~]{1,200})', words)
     if not match:

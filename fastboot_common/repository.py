@@ -227,6 +227,11 @@ class Repository:
         return pack.PackIndex.load(ref, self.pack_read(ref.digest),
                                    self.block_size)
 
+    def pack_plain(self, index: pack.PackIndex, number: int) -> bytes:
+        """The plain bytes of a pack's frame, checked."""
+        return index.decode(number, self.pack_read(index.ref.digest)(
+            *index.extent(number)))
+
     def append(self, kind: str,
                build: Callable[[journal.State], dict[str, Any] | None],
                ) -> journal.State:

@@ -13,11 +13,13 @@ import json
 import pathlib
 import socket
 import time
+from collections.abc import Mapping
 from typing import Any, Final, Self, cast
 
 from fastboot_common import chain, exception
 
 _ANSWER_LIMIT: Final = 1 << 20
+_WORDS: Final = 500
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +60,39 @@ class Lease:
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise exception.Unavailable(
                 f'the agent answers nonsense: {error!r}') from error
+
+
+@dataclasses.dataclass(frozen=True)
+class Taken:
+    """A lane that the agent gave: a µVM for one instance.
+
+    :ivar token: what the agent knows it by.
+    :ivar path: of the file that libvirt restores.
+    :ivar directory: of the artifact.
+    :ivar group: name of the class of hosts.
+    """
+
+    token: str
+    path: pathlib.Path
+    directory: pathlib.Path
+    group: str
+
+    @classmethod
+    def parse(cls, raw: dict[str, Any]) -> Self:
+        """Read the answer of take.
+
+        :raises Unavailable: it makes no sense.
+        """
+        try:
+            words = [raw[name] for name in
+                     ('lane', 'path', 'directory', 'class')]
+            if not all(isinstance(word, str) and word for word in words):
+                raise ValueError('no words')
+        except (KeyError, ValueError) as error:
+            raise exception.Unavailable(
+                f'the agent answers nonsense: {error!r}') from error
+        token, path, directory, group = words
+        return cls(token, pathlib.Path(path), pathlib.Path(directory), group)
 
 
 class Agent:
@@ -103,18 +138,55 @@ class Agent:
                 f'the agent answers nonsense: {error!r}') from error
 
     def held(self) -> tuple[pathlib.Path, int]:
-        """Where mirror and volumes are, and the bytes that they take.
+        """Where mirror, volumes and µVMs are, and the bytes that they take.
 
         :raises Unavailable: the agent does not answer, or does not know yet.
         """
         status = self._call('GET', '/v1/status', None)
         try:
             return pathlib.Path(status['path']), (
-                int(status['volume_bytes']) + int(status['mirror_bytes']))
+                int(status['volume_bytes']) + int(status['mirror_bytes'])
+                + int(status.get('microvm_bytes') or 0))
         except (KeyError, TypeError, ValueError) as error:
             raise exception.Unavailable(
                 f'the agent does not know yet what it holds: '
                 f'{error!r}') from error
+
+    def take(self, image_id: str, holder: str) -> Taken:
+        """Have a µVM of an image for an instance.
+
+        :param holder: the instance's UUID.
+        :raises NotFound: this host has none of it, and why.
+        :raises Busy: all are in use; a repeat may find one.
+        :raises Unavailable: the agent does not answer, or cannot now.
+        """
+        return Taken.parse(self._call(
+            'POST', '/v1/microvms/take',
+            {'image': image_id, 'holder': holder}))
+
+    def dress(self, token: str, xml: str) -> None:
+        """Make what was taken the instance's.
+
+        :param xml: the instance's definition.
+        :raises Unavailable: the agent does not, and why.
+        """
+        self._call('POST', '/v1/microvms/dress', {'lane': token, 'xml': xml})
+
+    def give_back(self, token: str, outcome: str, phase: str = '',
+                  reason: str = '',
+                  seconds: Mapping[str, float] | None = None) -> None:
+        """Be done with what was taken.
+
+        :param outcome: ``resumed``, ``refused`` or ``failed``.
+        :param phase: that it failed in.
+        :param reason: in words.
+        :param seconds: at the end of each phase, since the beginning.
+        :raises Unavailable: the agent does not hear it; it takes it back
+            by itself.
+        """
+        self._call('POST', '/v1/microvms/return', {
+            'lane': token, 'outcome': outcome, 'phase': phase,
+            'reason': reason[:_WORDS], 'seconds': dict(seconds or {})})
 
     def _call(self, method: str, path: str,
               body: dict[str, Any] | None) -> dict[str, Any]:
@@ -167,7 +239,7 @@ def _parse(answer: bytes) -> dict[str, Any]:
             f'the agent answers nonsense: {error!r}') from error
     if response.status in (200, 202):
         return content
-    words = str(content.get('error', response.reason))[:500]
+    words = str(content.get('error', response.reason))[:_WORDS]
     if response.status == 404:
         raise exception.NotFound(words)
     if words.startswith(exception.Busy.__name__):

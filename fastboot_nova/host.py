@@ -175,7 +175,7 @@ class Host:
                  numbers: blocks.Blocks) -> list[bytes]:
         found = self.mirror.read_manifest(image.manifest)
         _numbers, packs, ordinals = extents.locate(found.extents, numbers)
-        indexes = {at: self.mirror.index(found.packs[at])
+        indexes = {at: self.mirror.pack_index(found.packs[at])
                    for at in np.unique(packs).tolist()}
         return [indexes[at].digests[ordinal].tobytes() for at, ordinal
                 in zip(packs.tolist(), ordinals.tolist(), strict=True)]

@@ -243,7 +243,7 @@ class Mirror:
         found: list[tuple[int, Frame]] = []
         for position in np.unique(packs).tolist():
             rows = np.flatnonzero(packs == position)
-            index = self.index(image.packs[position])
+            index = self.pack_index(image.packs[position])
             which = index.frame_of(ordinals[rows])
             for number in np.unique(which).tolist():
                 mine = rows[which == number]
@@ -267,7 +267,7 @@ class Mirror:
                 frame, numbers=located, ordinals=ordinals))
         return wide
 
-    def index(self, ref: pack.PackRef) -> pack.PackIndex:
+    def pack_index(self, ref: pack.PackRef) -> pack.PackIndex:
         """The index of a pack, local or fetched."""
         with self._mutex:
             if ref.digest in self._indexes:
@@ -303,6 +303,11 @@ class Mirror:
         found = self._plain_local(frame)
         return self._plain_fetched([frame], keep)[0] if found is None \
             else found
+
+    def pack_plain(self, index: pack.PackIndex, number: int) -> bytes:
+        """The plain bytes of a pack's frame; see :meth:`plain`."""
+        none = np.empty(0, np.int64)
+        return self.plain(Frame(index.ref, index, number, none, none))
 
     def plain_many(self, frames: list[Frame],
                    pool: concurrent.futures.Executor,
@@ -402,6 +407,10 @@ class Mirror:
 
         :returns: bytes freed.
         """
+        for path in files.listed(self.path / 'ready', '*'):
+            image = self.state.images.get(path.name)
+            if image is None or image.manifest not in keep:
+                files.remove(path)
         # Listed first: what a pull brings from now on is not looked at.
         kinds = {kind: files.listed(self.path / kind, '??/*')
                  for kind in ('manifests', 'packs', 'partial')}
@@ -417,9 +426,6 @@ class Mirror:
                     with contextlib.suppress(FileNotFoundError):
                         freed += path.stat().st_blocks * 512
                         path.unlink()
-        for path in files.listed(self.path / 'ready', '*'):
-            if path.name not in self.state.images:
-                files.remove(path)
         return freed
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 GROUPS = (
     'default', 'repository', 'host', 'export', 'capture', 'bakery', 'agent',
-    'database', 'jobboard', 'glance', 'builder', 'eligibility', 'listener',
-    'api')
+    'microvm', 'database', 'jobboard', 'glance', 'builder', 'eligibility',
+    'listener', 'api')
 
 
 def _modules() -> list[Any]:

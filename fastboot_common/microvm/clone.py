@@ -48,7 +48,8 @@ class Unsuitable(exception.Invalid):
 class Instance:
     """An instance, by its definition.
 
-    :ivar tree: the definition.
+    :ivar xml: the definition, as it came.
+    :ivar tree: the same, read.
     :ivar disk: its root disk's element.
     :ivar plugged: XML of what is plugged, in this order: processors are
         not among it.
@@ -56,6 +57,7 @@ class Instance:
     :ivar memory: MiB that are plugged.
     """
 
+    xml: str
     tree: document.Element
     name: str
     uuid: uuid.UUID
@@ -88,7 +90,7 @@ def instance(xml: str, machine: artifact.Machine) -> Instance:
         raise Unsuitable(f'it has more than {machine.slots} devices')
     if memory:
         plugged.insert(0, template.memory_device(memory))
-    return Instance(tree, tree.findtext('name') or '',
+    return Instance(xml, tree, tree.findtext('name') or '',
                     _uuid(tree), disk, plugged, interfaces, vcpus, memory)
 
 

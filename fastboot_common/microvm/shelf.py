@@ -220,16 +220,17 @@ def find(state: journal.State, image_id: str,
     return found.popitem()[1]
 
 
-def take(entry: journal.Image, microvms: Repository, images: Repository,
+def take(entry: journal.Image, microvms: contents.Source,
+         image: journal.Image, images: contents.Source,
          directory: pathlib.Path,
          progress: Callable[[int], None] = lambda count: None,
          ) -> artifact.Description:
     """Make an artifact again.
 
     :param entry: of the journal of `microvms`.
+    :param image: that it was baked from, in `images`.
     :param directory: empty.
     :param progress: told the bytes written.
-    :raises NotFound: its image is not registered any more.
     :raises Corrupt: the image is another now, or a repository is damaged;
         nothing is left in `directory`.
     :raises NoSpace: no room for it.
@@ -238,11 +239,9 @@ def take(entry: journal.Image, microvms: Repository, images: Repository,
     own = contents.Contents(
         microvms, microvms.read_manifest(entry.manifest))
     found = blob.Blob.read(own.pages, entry.virtual_size)
-    image = images.state().images.get(name.image)
-    if image is None:
-        raise exception.NotFound(f'image {name.image} is not registered')
     source = images.read_manifest(image.manifest)
-    if (found.image, found.root) != (name.image, source.root):
+    if (found.image, found.root, image.image_id) != (
+            name.image, source.root, name.image):
         raise exception.Corrupt(
             f'the µVM of image {name.image} is of another content of it')
     if artifact.Description.parse(

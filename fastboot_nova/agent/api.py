@@ -6,12 +6,22 @@ ids, and absolute paths that are only ever looked at.
 """
 
 import os
+import re
 from collections.abc import Callable
 from typing import Any, Final, Protocol
 
 from fastboot_common import ensure, exception, journal, localapi
+from fastboot_nova.microvm import remote
 
 _PATH_LIMIT: Final = 4095
+#: Bytes of a request with a definition; 30,000 are a domain with everything.
+_DEFINITION: Final = 256 << 10
+_WORDS: Final = 500
+_TOKEN: Final = re.compile(r'[0-9a-f]{32}')
+_PHASE: Final = re.compile(r'[A-Za-z_]{0,32}')
+_PHASES: Final = 64
+#: No phase takes as long (seconds).
+_LONGEST: Final = 3600.0
 
 
 class Served(Protocol):
@@ -29,6 +39,15 @@ class Served(Protocol):
     def sync(self) -> None: ...
 
     def images(self) -> dict[str, Any]: ...
+
+    def microvms(self) -> dict[str, Any]: ...
+
+    def take(self, image_id: str, holder: str) -> dict[str, Any]: ...
+
+    def dress(self, token: str, xml: str) -> None: ...
+
+    def give_back(self, token: str, outcome: str, phase: str, reason: str,
+                  seconds: dict[str, float]) -> None: ...
 
 
 def routes(agent: Callable[[], Served],
@@ -63,6 +82,23 @@ def routes(agent: Callable[[], Served],
                 return found
         raise exception.NotFound(f'image {image_id} is not known here')
 
+    def microvms(body: localapi.Body) -> localapi.Body:
+        return agent().microvms()
+
+    def take(body: localapi.Body) -> localapi.Body:
+        return agent().take(_image(body), _holder(body))
+
+    def dress(body: localapi.Body) -> localapi.Body:
+        xml = body.get('xml')
+        if not isinstance(xml, str):
+            raise exception.Invalid('"xml" is no text')
+        agent().dress(_token(body), xml)
+        return {}
+
+    def give_back(body: localapi.Body) -> localapi.Body:
+        agent().give_back(_token(body), *_outcome(body))
+        return {}
+
     return [
         ensure.route(lambda *extent: agent().ensure(*extent)),
         localapi.Route('POST', '/v1/acquire', acquire),
@@ -72,6 +108,11 @@ def routes(agent: Callable[[], Served],
         localapi.Route('GET', '/v1/images', images, limit=4),
         localapi.Route('GET', '/v1/images/([A-Za-z0-9._-]{1,64})', image,
                        limit=4),
+        localapi.Route('GET', '/v1/microvms', microvms, limit=4),
+        localapi.Route('POST', '/v1/microvms/take', take),
+        localapi.Route('POST', '/v1/microvms/dress', dress,
+                       body=_DEFINITION),
+        localapi.Route('POST', '/v1/microvms/return', give_back),
         localapi.Route('GET', '/v1/status', lambda body: status()),
     ]
 
@@ -85,15 +126,54 @@ def _lease(body: localapi.Body) -> tuple[str, str, str]:
 
     :raises Invalid: it is none.
     """
-    holder, file = body.get('holder', ''), body.get('file', '')
-    try:
-        journal.validate_image_id(holder)
-    except exception.Invalid:
-        raise exception.Invalid(
-            '"holder" is not 1 to 64 of A-Z a-z 0-9 . _ -') from None
+    holder, file = _holder(body), body.get('file', '')
     if not _is_path(file):
         raise exception.Invalid('"file" is not a normal absolute path')
     return _image(body), holder, file
+
+
+def _holder(body: localapi.Body) -> str:
+    try:
+        return journal.validate_image_id(body.get('holder', ''))
+    except exception.Invalid:
+        raise exception.Invalid(
+            '"holder" is not 1 to 64 of A-Z a-z 0-9 . _ -') from None
+
+
+def _token(body: localapi.Body) -> str:
+    token = body.get('lane')
+    if not isinstance(token, str) or not _TOKEN.fullmatch(token):
+        raise exception.Invalid('"lane" is not what was given')
+    return token
+
+
+def _outcome(body: localapi.Body,
+             ) -> tuple[str, str, str, dict[str, float]]:
+    """Outcome, phase, reason and seconds of a return.
+
+    :raises Invalid: it is none.
+    """
+    outcome, phase = body.get('outcome'), body.get('phase') or ''
+    reason, seconds = body.get('reason') or '', body.get('seconds') or {}
+    if outcome not in remote.OUTCOMES:
+        raise exception.Invalid(
+            f'"outcome" is not one of {", ".join(remote.OUTCOMES)}')
+    if not isinstance(phase, str) or not _PHASE.fullmatch(phase):
+        raise exception.Invalid('"phase" is no name')
+    if not isinstance(reason, str):
+        raise exception.Invalid('"reason" is no text')
+    if (not isinstance(seconds, dict) or len(seconds) > _PHASES
+            or not all(map(_PHASE.fullmatch, seconds))
+            or not all(map(_is_time, seconds.values()))):
+        raise exception.Invalid('"seconds" are no times of phases')
+    # JSON has halves of characters, which nobody can write down.
+    reason = reason[:_WORDS].encode(errors='replace').decode()
+    return outcome, phase, reason, {
+        name: float(value) for name, value in seconds.items()}
+
+
+def _is_time(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value < _LONGEST
 
 
 def _is_path(file: Any) -> bool:

@@ -40,7 +40,8 @@ from fastboot_nova.cli.base import open_host
 LOG = logging.getLogger(__name__)
 
 #: Groups of options that are ours.
-_GROUPS: Final = ('DEFAULT', 'repository', 'host', 'export', 'agent')
+_GROUPS: Final = ('DEFAULT', 'repository', 'host', 'export', 'agent',
+                  'microvm')
 _EXPORT_SECONDS: Final = 1.0
 #: Before systemd is told that we are ready without a repository.
 _OPEN_SECONDS: Final = 3.0

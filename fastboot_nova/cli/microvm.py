@@ -127,7 +127,8 @@ class Fetch(base.ShowOne):
             raise exception.Exists(f'{directory} is not empty')
         begun = time.monotonic()
         with progress.Progress('fetching') as told:
-            found = shelf.take(entry, microvms, images, directory, told)
+            found = shelf.take(entry, microvms, image, images, directory,
+                               told)
         return self.dict2columns({
             'image': image.image_id, 'class': found.key.digest,
             **{f'{name}_bytes': part.size

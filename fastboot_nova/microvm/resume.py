@@ -15,13 +15,18 @@ import pathlib
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import libvirt
 
 from fastboot_common import exception
-from fastboot_common.microvm import activation, clone, document, template
-from fastboot_nova.microvm.lane import Lane
+from fastboot_common.microvm import (
+    activation,
+    artifact,
+    clone,
+    document,
+    template,
+)
 
 #: Seconds that a guest may take to be somebody; the most were 8 under TCG
 #: with both processors of the host busy.
@@ -31,6 +36,19 @@ DEADLINE: Final = 10.0
 LOAD_DEADLINE: Final = 30.0
 _POLL: Final = 0.005
 _SEND_SECONDS: Final = 2.0
+
+
+class Lane(Protocol):
+    """A private copy of a saved guest, here or in the agent's hands.
+
+    See :mod:`fastboot_nova.microvm.lane` and
+    :mod:`fastboot_nova.microvm.remote`.
+    """
+
+    path: pathlib.Path
+    description: artifact.Description
+
+    def dress(self, instance: clone.Instance) -> None: ...
 
 
 class ResumeFailed(exception.FastbootError):

@@ -399,7 +399,8 @@ def test_publish_microvm(worlds, tmp_path):
         for entry in found.state().images.values():
             with tempfile.TemporaryDirectory() as name:
                 target = pathlib.Path(name)
-                shelf.take(entry, found, world.repository, target)
+                shelf.take(entry, found, world.repository.image('one'),
+                           world.repository, target)
                 for path in baked.iterdir():
                     assert path.read_bytes() == (
                         target / path.name).read_bytes()

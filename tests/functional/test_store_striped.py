@@ -371,7 +371,7 @@ def test_hydration_from_two_damaged_copies(world):
     with world.host(LocalStore(world.path / 'repo')) as reader:
         reader.mirror.refresh()
         found = reader.mirror.read_manifest(reader.image('image').manifest)
-        packs = [reader.mirror.index(ref) for ref in found.packs]
+        packs = [reader.mirror.pack_index(ref) for ref in found.packs]
     shutil.rmtree(world.path / 'host')
     pack = max(packs, key=lambda index: len(index.frames))
     assert len(pack.frames) > 40

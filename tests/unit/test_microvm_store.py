@@ -256,7 +256,8 @@ class Store:
     def take(self, image_id, target):
         target.mkdir()
         return shelf.take(shelf.find(self.microvms.state(), image_id),
-                          self.microvms, self.images, target)
+                          self.microvms, self.images.image(image_id),
+                          self.images, target)
 
 
 @pytest.fixture
@@ -295,7 +296,8 @@ def test_of_another_class_than_the_journal_says(store, tmp_path):
     entry = dataclasses.replace(entry, image_id=name.id, name=name.text)
     (tmp_path / 'again').mkdir()
     with pytest.raises(exception.Corrupt, match='another class'):
-        shelf.take(entry, store.microvms, store.images, tmp_path / 'again')
+        shelf.take(entry, store.microvms, store.images.image('one'),
+                   store.images, tmp_path / 'again')
     assert not list((tmp_path / 'again').iterdir())
 
 
