@@ -19,9 +19,9 @@ from fastboot_common import chain, exception, qcow2
 #: Of every qcow2, any version: magic, version, place and length of the
 #: backing string, cluster bits, size.
 _HEADER: Final = struct.Struct('>IIQIIQ')
-#: What the specification allows (docs/interop/qcow2.txt).
 #: Where a header has the L1 table's number of entries and offset.
 _L1: Final = slice(36, 48)
+#: What the specification allows (docs/interop/qcow2.txt).
 _BACKING_LIMIT: Final = 1023
 #: Bytes of the largest cluster; the string ends in the first one.
 _CLUSTER_LIMIT: Final = 2 << 20

@@ -21,7 +21,7 @@ from oslo_log import log as logging
 from oslo_utils import strutils
 
 from fastboot_common import chain, exception, overlay
-from fastboot_common.microvm import activation, clone, document, template
+from fastboot_common.microvm import activation, document, template
 from fastboot_nova import backend, notice
 from fastboot_nova.microvm import disk as baked
 from fastboot_nova.microvm import remote, resume
@@ -62,17 +62,18 @@ class Disk:
     size: int
 
     @classmethod
-    def of(cls, xml: str) -> Self | None:
-        """That of a definition; None: it lies on no stub, or something was
-        written to it.
+    def of(cls, xml: str) -> Self:
+        """That of a definition.
 
-        :raises FastbootError: there is none, or it makes no sense.
+        :raises NotFound: it lies on no stub, or something was written to
+            it.
+        :raises Corrupt: the definition makes no sense.
         """
         source = template.root_disk(document.parse(xml)).find('source')
         path = pathlib.Path((source is not None and source.get('file')) or '')
         stub = backend.stub_of(str(path)) if path.is_absolute() else None
         if stub is None or not overlay.is_empty(path):
-            return None
+            raise exception.NotFound(f'{path} is no new disk on local blocks')
         found = overlay.read_backing(path)
         return cls(path, stub, overlay.follow(stub).image_id,
                    found[1] if found else 0)
@@ -108,14 +109,12 @@ def attempt(host: Any, xml: str, instance: Any,
     try:
         _check_wishes(instance)
         disk = Disk.of(xml)
-        lane = disk and _take(disk.image_id, instance.uuid)
+        lane = _take(disk.image_id, instance.uuid)
     except exception.NotFound as error:
         LOG.debug('fastboot: not resumed: %s', error, instance=instance)
         return None
     except (exception.FastbootError, OSError) as error:
         LOG.info('fastboot: not resumed: %s', error, instance=instance)
-        return None
-    if disk is None or lane is None:
         return None
     return _Attempt(host.get_connection(), xml, instance, disk, lane).run(
         prepare)
@@ -163,52 +162,47 @@ class _Attempt:
 
     def run(self, prepare: Callable[[], None]) -> Guest | None:
         """See :func:`attempt`."""
-        failure = resume.ResumeFailed('disk', 'interrupted')
         try:
-            clone.instance(self._xml, self._lane.description.machine,
-                           self._lane.description.key.virt_type)
             done = self._resume(prepare)
-        except clone.Unsuitable as error:
-            self._lane.give_back(remote.REFUSED, 'begin', str(error))
-            self._log('fastboot: booted, not resumed: %s', str(error))
-            return None
         except resume.ResumeFailed as error:
-            failure = error
+            self._lane.give_back(remote.FAILED, error.phase, error.reason)
+            self._fall_back(error)
+            return None
+        except exception.FastbootError as error:
+            # Before anything was done: it cannot be, or is not understood.
+            self._lane.give_back(remote.REFUSED, 'begin', str(error))
+            LOG.info('fastboot: booted, not resumed: %s', error,
+                     instance=self._instance)
+            return None
         except BaseException as error:
-            self._lane.give_back(remote.FAILED, 'begin', repr(error))
+            self._lane.give_back(remote.FAILED, 'prepare', repr(error))
             raise
-        else:
-            self._lane.give_back(remote.RESUMED, seconds=done.seconds)
-            self._tell(done.seconds)
-            return Guest(done)
-        self._lane.give_back(remote.FAILED, failure.phase, failure.reason)
+        self._lane.give_back(remote.RESUMED, seconds=done.seconds)
+        LOG.info('fastboot: resumed from the µVM of image %s: %s',
+                 self._disk.image_id, ', '.join(
+                     f'{name} {moment:.2f} s'
+                     for name, moment in done.seconds.items()),
+                 instance=self._instance)
+        self._emit('resumed', phases=done.seconds)
+        return Guest(done)
+
+    def _resume(self, prepare: Callable[[], None]) -> resume.Resumed:
+        def prepared() -> None:
+            self._disk.bake(self._lane.directory)
+            prepare()
+
+        return resume.resume(
+            self._connection, self._lane, resume.Spec(
+                self._xml, activation.hostname(self._instance.hostname or ''),
+                self._disk.size, deadline=CONF.fastboot.resume_deadline,
+                linked=False), prepare=prepared)
+
+    def _fall_back(self, failure: resume.ResumeFailed) -> None:
         self._disk.renew()
         LOG.warning('fastboot: %s; booted from a fresh disk after %.1f s',
                     failure, time.monotonic() - self._began,
                     instance=self._instance)
         self._emit('fallback', phase=failure.phase, reason=failure.reason)
-        return None
-
-    def _resume(self, prepare: Callable[[], None]) -> resume.Resumed:
-        try:
-            self._disk.bake(self._lane.directory)
-        except (exception.FastbootError, OSError) as error:
-            raise resume.ResumeFailed('disk', str(error)) from error
-        return resume.resume(
-            self._connection, self._lane, resume.Spec(
-                self._xml, activation.hostname(self._instance.hostname or ''),
-                self._disk.size, deadline=CONF.fastboot.resume_deadline,
-                linked=False), prepare=prepare)
-
-    def _tell(self, seconds: dict[str, float]) -> None:
-        self._log('fastboot: resumed from the µVM of image %s: %s',
-                  self._disk.image_id, ', '.join(
-                      f'{name} {moment:.2f} s'
-                      for name, moment in seconds.items()))
-        self._emit('resumed', phases=seconds)
-
-    def _log(self, words: str, *values: Any) -> None:
-        LOG.info(words, *values, instance=self._instance)
 
     def _emit(self, event: str, **payload: Any) -> None:
         notice.emit(event, self._disk.image_id, self._instance,

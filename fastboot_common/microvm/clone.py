@@ -159,6 +159,9 @@ def _check(tree: document.Element) -> None:
         if interface.get('type') not in _INTERFACES:
             raise Unsuitable(f'it has an interface of type '
                              f'{interface.get("type")!r:.50}')
+        # The machine's free ports are PCI Express.
+        if interface.find("model[@type='virtio']") is None:
+            raise Unsuitable('it has an interface that is not virtio')
     if len(tree.findall('devices/serial')) > 1:
         raise Unsuitable('it has more than one serial port')
     system = tree.find('os')

@@ -101,8 +101,11 @@ class Agent:
             self._sync.worker, self._hydrator.worker, self.reporter.worker,
             self._observer.worker]
         #: They start only if there is libvirt's module.
-        self._lookers = [self._reboots, self._lazy, *(
-            [self._resumer] if group.resume_guests else [])]
+        self._lookers: list[
+            reboots.Reboots | domains.Lazy | resume.Resumer
+        ] = [self._reboots, self._lazy]
+        if group.resume_guests:
+            self._lookers.append(self._resumer)
         if group.lock_memory:
             self._workers.append(self._memory.worker)
         told.follow('locked_bytes', 'Boot sets locked in memory',

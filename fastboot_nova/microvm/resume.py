@@ -124,6 +124,9 @@ def resume(connection: Any, lane: Lane, spec: Spec, *,
     :raises ResumeFailed: it did not come up.
     """
     instance = clone.instance(spec.xml, lane.description.machine)
+    kind = lane.description.key.virt_type
+    if instance.tree.get('type') != kind:
+        raise clone.Unsuitable(f'it was baked for {kind}')
     return _Resume(connection, lane, spec, instance,
                    told or (lambda phase: None)).run(prepare)
 

@@ -112,7 +112,8 @@ def run(room, write):
             with export():
                 reachable[0] = True
                 looker.start()
-                embedded.wait_for(lambda: TEXT in (room / 'serial').read_bytes())
+                embedded.wait_for(
+                    lambda: TEXT in (room / 'serial').read_bytes())
                 assert resumed == [1]
                 # One that an operator paused stays paused.
                 guest.suspend()
