@@ -138,11 +138,27 @@ def test_a_backing_string_that_is_far_away(tmp_path, offset):
 
 
 def test_files_that_are_not_there_or_no_qcow2(tmp_path):
-    with pytest.raises(exception.NotFound):
-        overlay.read_backing(tmp_path / 'none')
+    for read in (overlay.read_backing, overlay.is_empty):
+        with pytest.raises(exception.NotFound):
+            read(tmp_path / 'none')
     (tmp_path / 'raw').write_bytes(b'\0' * 1024)
     assert overlay.read_backing(tmp_path / 'raw') is None
     assert overlay.read_stub(tmp_path / 'raw') is None
+
+
+@pytest.mark.parametrize(('table', 'entries', 'is_empty'), [
+    (bytes(16), 2, True),
+    (bytes(15) + b'\1', 2, False),
+    (bytes(8), 2, False),
+    (bytes(16), 1 << 31, False)])
+def test_is_empty(tmp_path, table, entries, is_empty):
+    path = qcow2(tmp_path / 'disk', '/stub')
+    with path.open('r+b') as file:
+        file.seek(36)
+        file.write(struct.pack('>IQ', entries, 4096))
+        file.seek(4096)
+        file.write(table)
+    assert overlay.is_empty(path) is is_empty
 
 
 @given(st.binary(max_size=2048), st.booleans())
@@ -153,3 +169,4 @@ def test_random_files(tmp_path_factory, data, magic):
         assert overlay.read_stub(path) is None
     except exception.Corrupt:
         assert magic
+    assert overlay.is_empty(path) in (magic, False)

@@ -1,0 +1,374 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Servers that are resumed instead of booted, in the real cloud.
+
+A real Debian, as identity is what counts. It boots in a minute or two here,
+so a server goes through several operations in one test.
+"""
+
+import concurrent.futures
+import re
+import time
+
+import pytest
+from parts import settings, small_image
+from test_operations import Guest as Server
+from test_operations import dead_host, virsh
+
+pytestmark = [pytest.mark.timeout(3600), pytest.mark.slow]
+
+FLAVOR = 'm1.tiny'
+#: What a server is, in words of its own.
+IDENTITY = """
+cat /etc/machine-id /proc/sys/kernel/random/uuid
+head -c 32 /dev/urandom | od -An -tx1 | tr -d ' \\n'; echo
+cat /etc/ssh/ssh_host_*_key.pub | sha256sum
+cat /sys/class/net/e*/address
+"""
+WORDS = ('machine-id', 'random uuid', 'random bytes', 'host keys', 'MAC')
+
+
+class Guest(Server):
+    """A server with a shell."""
+
+    def shell(self, words, seconds=300):
+        """What a command prints, once the server lets us in."""
+        said = []
+
+        def answers():
+            said[:] = [self.user.inside(
+                'control', 'ssh', '-o', 'ConnectTimeout=10',
+                f'root@{self.address}', f'{words}; echo so-it-is',
+                check=False)]
+            return said[0].endswith('so-it-is\n')
+        self.user.wait(answers, seconds, f'{self.id} to answer')
+        return said[0].removesuffix('so-it-is\n')
+
+    @property
+    def address(self):
+        return self.server.addresses['private'][0]['addr']
+
+    def goes_on(self, passes=1):
+        """It answers, and has the file that it was given."""
+        assert self.shell('sha256sum -c /root/proof') == '/root/data: OK\n'
+
+    def give(self):
+        """A file, to be found again, and on the disk."""
+        self.shell('head -c 3000000 /dev/urandom >/root/data; '
+                   'sha256sum /root/data >/root/proof; sync')
+        return self
+
+    def machine(self):
+        """How the running domain is told to reboot."""
+        return re.search('<on_reboot>(.*)</on_reboot>', virsh(
+            self.user, self.host, 'dumpxml',
+            self.server.instance_name))[1]
+
+    def is_resumed(self):
+        return self.machine() == 'destroy'
+
+    def boots_anew(self, ask):
+        """`ask` makes it boot; seconds until it answers."""
+        before = self.shell('cat /proc/sys/kernel/random/boot_id')
+        ask()
+        self.user.wait(
+            lambda: self.shell('cat /proc/sys/kernel/random/boot_id')
+            != before, 400, 'another boot')
+        self.wait('ACTIVE')
+
+
+@pytest.fixture(scope='module')
+def image(user, guest):
+    """A Debian with a µVM, and lanes of it on both hosts."""
+    found = small_image(user, 'microvm', guest, fastboot='microvm')
+    user.wait(lambda: user.cloud.image.get_image(found).properties.get(
+        'fastboot_microvm') == 'ready', 900, 'the µVM')
+    for host in user.layout.hosts:
+        wait_for_lanes(user, found, host.name)
+    yield found
+    user.cloud.image.delete_image(found, ignore_missing=True)
+
+
+def row(user, image, host):
+    """What an agent says of the µVM."""
+    rows = user.ask_agent(host, 'GET', '/v1/microvms').get('microvms', [])
+    return next((one for one in rows if one['image'] == image), {})
+
+
+def wait_for_lanes(user, image, host, count=1):
+    user.wait(lambda: row(user, image, host).get('lanes', 0) >= count, 300,
+              f'lanes on {host}')
+
+
+@pytest.fixture
+def start(user, image, clean):
+    """Starts a server; it must be resumed, unless told otherwise."""
+    def one(host='h1', log='resumed', **more):
+        more = {'flavor': FLAVOR, 'prompt': '', **more}
+        found = Guest(user, clean.boot(user.boot('uvm', image, host, **more)),
+                      None)
+        assert found.boot.log.startswith(log), found.boot.log
+        assert found.is_resumed() == (log == 'resumed')
+        return found
+    return one
+
+
+def test_a_server_of_its_own(user, image, start):
+    """Identity, the flavor's size, and what becomes of it at a reboot."""
+    flavor = user.cloud.compute.create_flavor(
+        name='uvm', ram=1024, vcpus=2, disk=4)
+    try:
+        guests = [start(flavor='uvm'), start(flavor='uvm', host='h2')]
+    finally:
+        user.cloud.compute.delete_flavor(flavor)
+    told = [one.shell(IDENTITY).splitlines() for one in guests]
+    for word, first, second in zip(WORDS, *told, strict=True):
+        assert first != second, word
+    one = guests[0]
+    assert one.shell('hostname') == 'uvm\n'
+    assert one.shell('cat /sys/class/dmi/id/product_uuid') == f'{one.id}\n'
+    assert one.shell('nproc') == '2\n'
+    assert int(one.shell('grep MemTotal /proc/meminfo').split()[1]) > 900_000
+    assert int(one.shell('blockdev --getsize64 /dev/vda')) == 4 << 30
+    assert int(one.shell('df -B1 --output=size / | tail -1')) > 3 << 30
+    assert abs(float(one.shell('date +%s.%N')) - time.time()) < 30
+    assert one.id in one.shell('curl -s http://169.254.169.254/openstack/'
+                               'latest/meta_data.json')
+    one.shell('cloud-init status --wait', 600)
+    assert one.shell('cloud-init status').startswith('status: done')
+    assert one.shell('cat /var/lib/cloud/data/instance-id') == f'{one.id}\n'
+    one.give()
+    one.boots_anew(lambda: one.shell('systemctl reboot'))
+    assert not one.is_resumed()
+    one.goes_on()
+    assert one.shell('nproc') == '2\n'
+    assert int(one.shell('grep MemTotal /proc/meminfo').split()[1]) > 900_000
+    now = one.shell(IDENTITY).splitlines()
+    for index in (0, 3, 4):
+        assert now[index] == told[0][index], WORDS[index]
+    assert one.shell('systemctl is-system-running --wait || true') in (
+        'running\n', 'degraded\n')
+    assert not one.shell('ls -d /run/fastboot* /etc/*fastboot* '
+                         '/var/lib/*fastboot* 2>/dev/null; true')
+    # Nova never took it for stopped.
+    time.sleep(20)
+    assert one.server.status == 'ACTIVE'
+
+
+def test_as_it_was_resumed(user, start, clean):
+    """What can be done with a server before its first reboot."""
+    one = start()
+    one.give()
+    for _ in range(2):
+        old, new = one.host, one.other
+        one.compute.live_migrate_server(one.id, host=new,
+                                        block_migration='auto')
+        user.wait(lambda there=new: one.server.status == 'ACTIVE'
+                  and one.host == there, 180, f'{old} -> {new}')
+        one.goes_on()
+        assert one.is_resumed()
+    for ask, undo, status in (('pause', 'unpause', 'PAUSED'),
+                              ('suspend', 'resume', 'SUSPENDED')):
+        getattr(one.compute, f'{ask}_server')(one.id)
+        one.wait(status)
+        getattr(one.compute, f'{undo}_server')(one.id)
+        one.wait('ACTIVE')
+        one.goes_on()
+        assert one.is_resumed()
+    network = user.cloud.network.find_network('private')
+    links = int(one.shell('ls -d /sys/class/net/e* | wc -l'))
+    port = one.compute.create_server_interface(one.id, net_id=network.id)
+    user.wait(lambda: int(one.shell('ls -d /sys/class/net/e* | wc -l'))
+              == links + 1, 60, 'the interface')
+    one.compute.delete_server_interface(port.port_id, one.id)
+    user.wait(lambda: len(list(one.compute.server_interfaces(one.id))) == 1,
+              60, 'the interface to go')
+    found = clean.image(one.compute.create_server_image(
+        one.id, 'snapshot', metadata={'fastboot': 'off'}).id)
+    user.wait(lambda: user.cloud.image.get_image(found).status == 'active',
+              300, 'the snapshot')
+    one.wait('ACTIVE')
+    one.goes_on()
+    # And a copy of it boots, with its file.
+    copy = Guest(user, clean.boot(user.boot(
+        'copy', found, one.other, flavor=FLAVOR, prompt='')), None)
+    copy.goes_on()
+
+
+def test_soft_reboot_stop_and_start(user, start):
+    one = start().give()
+    one.boots_anew(lambda: one.compute.reboot_server(one.id, 'SOFT'))
+    assert not one.is_resumed()
+    one.goes_on()
+    one.stop()
+    one.compute.start_server(one.id)
+    one.wait('ACTIVE')
+    one.goes_on()
+
+
+def test_hard_reboot(user, start):
+    one = start().give()
+    one.boots_anew(lambda: one.compute.reboot_server(one.id, 'HARD'))
+    assert not one.is_resumed()
+    one.goes_on()
+
+
+def test_resize_and_migrate(user, start):
+    one = start().give()
+    flavor = user.cloud.compute.create_flavor(
+        name='uvm-large', ram=1024, vcpus=2, disk=5)
+    try:
+        one.compute.resize_server(one.id, flavor)
+        one.wait('VERIFY_RESIZE', 300)
+    finally:
+        user.cloud.compute.delete_flavor(flavor)
+    one.compute.confirm_server_resize(one.id)
+    one.wait('ACTIVE')
+    one.goes_on()
+    assert one.shell('nproc') == '2\n'
+
+
+def test_rescue_rebuild_and_shelve(user, image, start):
+    one = start().give()
+    one.compute.rescue_server(one.id)
+    one.wait('RESCUE')
+    one.compute.unrescue_server(one.id)
+    one.wait('ACTIVE')
+    one.goes_on()
+    one.compute.shelve_server(one.id)
+    user.wait(lambda: one.server.status == 'SHELVED_OFFLOADED', 300,
+              'the shelf')
+    one.compute.unshelve_server(one.id)
+    one.wait('ACTIVE', 300)
+    one.goes_on()
+    keys = one.shell('cat /etc/ssh/ssh_host_*_key.pub | sha256sum')
+    one.compute.rebuild_server(one.id, image=image)
+    time.sleep(1)
+    one.wait('ACTIVE', 300)
+    # As new: resumed again, and nothing of before.
+    assert one.is_resumed()
+    assert one.shell('cat /root/proof 2>/dev/null; true') == ''
+    assert one.shell('cat /etc/ssh/ssh_host_*_key.pub | sha256sum') != keys
+
+
+def test_evacuate(user, start):
+    one = start()
+    old, new = one.host, one.other
+    with dead_host(user, old):
+        one.compute.evacuate_server(one.id, host=new)
+        user.wait(lambda: one.host == new and one.server.task_state is None,
+                  180, 'the evacuation')
+        if one.server.status == 'SHUTOFF':
+            one.compute.start_server(one.id)
+        one.wait('ACTIVE')
+        assert one.shell('hostname') == 'uvm\n'
+
+
+def test_eight_at_once(user, image, start):
+    """Each is its own, and none is in ERROR."""
+    def begin(number):
+        return start(host=('h1', 'h2')[number % 2], log='')
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        guests = list(pool.map(begin, range(8)))
+    assert any(one.is_resumed() for one in guests)
+    told = [one.shell(IDENTITY, 600).splitlines() for one in guests]
+    for index, word in enumerate(WORDS):
+        assert len({words[index] for words in told}) == 8, word
+
+
+def test_without_a_config_drive(user, image, clean):
+    """The metadata service is enough."""
+    compute = user.cloud.compute
+    network = user.cloud.network.find_network('private')
+    server = compute.create_server(
+        name='uvm', image_id=image, host='h1', key_name='sandbox',
+        flavor_id=compute.find_flavor(FLAVOR).id,
+        networks=[{'uuid': network.id}])
+    server = user.wait_active(server.id)
+    assert user.driver_log('h1', server.id).startswith('resumed')
+    one = Guest(user, type('Boot', (), {'server': server}), None)
+    assert one.shell('hostname', 400) == 'uvm\n'
+
+
+def test_the_first_reboot_may_be_the_guests_own(user, start):
+    """Also one that comes while cloud-init is at work."""
+    one = start()
+    one.give()
+    one.boots_anew(lambda: one.shell('systemctl reboot --force'))
+    assert not one.is_resumed()
+    one.goes_on()
+
+
+# Servers that are not resumed
+
+def test_wishes(user, image, start):
+    """A flavor that does not want it, and one that is too small."""
+    compute = user.cloud.compute
+    flavor = compute.create_flavor(name='boots', ram=512, vcpus=1, disk=2)
+    try:
+        compute.create_flavor_extra_specs(
+            flavor, {'fastboot:microvm': 'no'})
+        start(flavor='boots', log='hit')
+    finally:
+        compute.delete_flavor(flavor)
+    start(flavor='m1.nano', log='booted')
+    with settings(user, 'h1', 'fastboot', resume='false'):
+        start(log='hit')
+
+
+def test_a_guest_that_stays_silent(user, start):
+    """Its server boots, from a disk that no other had."""
+    with settings(user, 'h1', 'fastboot', resume_deadline=1):
+        one = start(log='resume failed (wait)')
+    assert one.shell('hostname', 400) == 'uvm\n'
+    assert one.shell('cat /var/lib/cloud/data/instance-id') == f'{one.id}\n'
+
+
+def test_a_damaged_lane(user, image, start):
+    """libvirt or QEMU refuses it; the next server has another."""
+    wait_for_lanes(user, image, 'h1', 2)
+    places = list((user.home('h1') / 'fastboot/host/microvms').glob(
+        'lanes/*'))
+    assert places
+    for place in places:
+        with place.open('r+b') as file:
+            file.seek(place.stat().st_size // 4 & ~0xfff)
+            file.write(b'\xff' * (1 << 20))
+    one = start(log='resume failed')
+    assert one.server.status == 'ACTIVE'
+    wait_for_lanes(user, image, 'h1')
+    # The other one may have been damaged, too.
+    for _ in range(len(places)):
+        one = start(log='')
+        if one.is_resumed():
+            return
+        wait_for_lanes(user, image, 'h1')
+    raise AssertionError('none was resumed any more')
+
+
+def test_the_agent_dies_on_the_way(user, image, start):
+    """Between anything: the server becomes ACTIVE."""
+    for seconds in (0.5, 1.5, 3.0):
+        wait_for_lanes(user, image, 'h1')
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            begun = pool.submit(start, log='')
+            time.sleep(seconds)
+            user.sandbox('restart', 'fastboot-agent@h1')
+            assert begun.result().server.status == 'ACTIVE'
+
+
+def test_the_image_goes(user, guest, clean):
+    """Its µVMs go with it, and its servers stay."""
+    image = small_image(user, 'goes', guest, fastboot='microvm')
+    clean.image(image)
+    user.wait(lambda: user.cloud.image.get_image(image).properties.get(
+        'fastboot_microvm') == 'ready', 900, 'the µVM')
+    wait_for_lanes(user, image, 'h1')
+    one = Guest(user, clean.boot(user.boot('uvm', image, 'h1', prompt='')),
+                None)
+    assert one.boot.log.startswith('resumed'), one.boot.log
+    one.give()
+    user.cloud.image.delete_image(image)
+    user.wait(lambda: not row(user, image, 'h1'), 300, 'the µVM to go')
+    one.goes_on()
+    one.boots_anew(lambda: one.compute.reboot_server(one.id, 'HARD'))
+    one.goes_on()
