@@ -18,11 +18,13 @@ from collections.abc import Iterator
 from typing import Any
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / 'tools'), str(ROOT / 'tests' / 'functional')]
+sys.path[:0] = [str(ROOT / 'tools'), str(ROOT / 'tests' / 'functional'),
+                str(ROOT / 'tests' / 'openstack')]
 
 import bootsector  # noqa: E402
 from cloud import layout as layouts  # noqa: E402
 from cloud.user import Boot, CloudError, User  # noqa: E402
+from parts import settings  # noqa: E402
 
 from bench import lab as labs  # noqa: E402
 from bench import result  # noqa: E402
@@ -89,10 +91,10 @@ class Bench:
         # Only the bytes until the prompt need it, not the times.
         return self.boot(image, prompt=kind == 'cold' and first)
 
-    def boot(self, image: str, prompt: bool = False) -> Boot:
+    def boot(self, image: str, prompt: bool = False, **more: Any) -> Boot:
         """One server; gone again when this returns."""
         found = self.user.boot('bench', image, HOST,
-                               prompt='login:' if prompt else '')
+                               prompt='login:' if prompt else '', **more)
         self.user.delete(found.server)
         return found
 
@@ -137,7 +139,8 @@ def run(table: result.Table, path: pathlib.Path, runs: int,
     """Measure everything, or what has the word `only` in its name."""
     bench = Bench(table, path, runs)
     bench.user.sandbox('link-rate', RATE)
-    for measure in (build, cold, warm, misses, plugin, crowd, lost):
+    for measure in (build, cold, warm, resumed, misses, plugin, crowd,
+                    lost):
         if only is None or measure.__name__ in only.split(','):
             measure(bench)
 
@@ -198,6 +201,67 @@ def warm(bench: Bench) -> None:
     add('the same, stock', _active(stock), 's', runs=runs)
     add('added to spawn on a hit', _median(
         [_hit(boot)[0] for boot in ours]), 'ms', 50, runs=runs)
+
+
+def resumed(bench: Bench) -> None:
+    """A µVM of the image is on the host; and when it does not come up."""
+    user, add, runs = bench.user, bench.table.add, bench.runs
+    image = bench.image('bench-microvm', fastboot='microvm',
+                        hw_qemu_guest_agent='yes')
+    user.wait_for_microvm(image)
+    with user.booting_flavor('bench-boots') as flavor:
+        boots = [bench.boot(image, flavor=flavor, answer=True)
+                 for _ in range(runs)]
+    ours = [_resumed(bench, image, answer=True) for _ in range(runs)]
+    cached = _active(boots)
+    add('ACTIVE, resumed', _active(ours), 's', runs=runs)
+    add('ACTIVE, resumed - booted from local blocks',
+        _active(ours) - cached, 's', 1.5, runs=runs)
+    add('first answer, resumed', _answer(ours), 's', runs=runs)
+    add('first answer, booted from local blocks', _answer(boots), 's',
+        runs=runs)
+    add('first answer, resumed / booted from local blocks',
+        _answer(ours) / _answer(boots), 'ratio', 0.05, runs=runs)
+    refused = [_damaged(bench, image) for _ in range(runs)]
+    add('ACTIVE, a load that is refused - booted from local blocks',
+        _active(refused) - cached, 's', 1, runs=runs)
+    with settings(user, HOST, 'fastboot', resume_deadline=_SILENT):
+        silent = [_resumed(bench, image, 'resume failed (wait)')
+                  for _ in range(runs)]
+    add('ACTIVE, a guest that is silent - booted from local blocks',
+        _active(silent) - cached, 's', _SILENT, runs=runs,
+        note=f'the deadline is {_SILENT:.1f} s here')
+
+
+#: Seconds: no guest is its own server so soon, but all are loaded.
+_SILENT = 2.0
+
+
+def _resumed(bench: Bench, image: str, log: str = 'resumed', **more: Any
+             ) -> Boot:
+    user = bench.user
+    user.wait(lambda: user.microvm(image, HOST).get('lanes', 0), 120,
+              'a lane')
+    boot = bench.boot(image, **more)
+    if not boot.log.startswith(log):
+        raise RuntimeError(f'not {log}: {boot.log}')
+    return boot
+
+
+def _damaged(bench: Bench, image: str) -> Boot:
+    """A server whose lane has a device's state damaged, at its end."""
+    user = bench.user
+    user.wait(lambda: user.microvm(image, HOST).get('lanes', 0), 120,
+              'a lane')
+    for lane in (user.home(HOST) / 'fastboot/host/microvms/lanes').iterdir():
+        with lane.open('r+b') as file:
+            file.seek(-(64 << 10), os.SEEK_END)
+            file.write(bytes(32 << 10))
+    return _resumed(bench, image, 'resume failed (load)')
+
+
+def _answer(boots: list[Boot]) -> float:
+    return _median([boot.answer or 0 for boot in boots])
 
 
 def _hit(boot: Boot) -> tuple[float, float]:

@@ -57,10 +57,10 @@ OPTS = [
              'of the same image are resumed. Then it boots.'),
     cfg.FloatOpt(
         'resume_deadline', default=10.0, min=1, max=300,
-        help='Seconds that a resumed guest has to become its server, from '
-             'its first instruction to its own identity. One that does not '
-             'is thrown away, and the server boots from a fresh disk. Raise '
-             'it where the processors of hosts are overcommitted.'),
+        help='Seconds from the begin of a resume until the guest must have '
+             'an identity of its own. One that has not is thrown away, and '
+             'the server boots from a fresh disk. Raise it where the '
+             'processors of hosts are overcommitted.'),
 ]
 
 

@@ -38,7 +38,7 @@ class Resume(base.ShowOne):
         parser.add_argument('--uri', default='qemu:///system',
                             help='of libvirt (default: qemu:///system)')
         parser.add_argument('--deadline', type=float, metavar='SECONDS',
-                            help='from the first instruction to the stage')
+                            help='from the call to the stage (default: 10)')
         parser.add_argument('--stage', default=activation.IDENTITY,
                             choices=activation.STAGES,
                             help='to wait for (default: IDENTITY)')

@@ -28,12 +28,10 @@ from fastboot_common.microvm import (
     template,
 )
 
-#: Seconds that a guest may take to be somebody; the most were 8 under TCG
-#: with both processors of the host busy.
+#: Seconds until a guest must be somebody: 1.2 are usual until its first
+#: instruction. Under TCG, with both processors of the host busy, the most
+#: were 6 and 8 more.
 DEADLINE: Final = 10.0
-#: Seconds that libvirt and QEMU may take until the first instruction; 1.2
-#: are usual. libvirt itself waits for a QEMU without end.
-LOAD_DEADLINE: Final = 30.0
 _POLL: Final = 0.005
 _SEND_SECONDS: Final = 2.0
 
@@ -73,7 +71,8 @@ class Spec:
     :ivar disk_size: bytes of the root disk.
     :ivar stage: that it is waited for: one of
         :data:`fastboot_common.microvm.activation.STAGES`.
-    :ivar deadline: seconds from the first instruction to that stage.
+    :ivar deadline: seconds from the call to that stage. libvirt itself
+        waits for a QEMU without end.
     :ivar entropy: see :func:`fastboot_common.microvm.activation.request`.
     :ivar linked: whether the interfaces get their links at IDENTITY; else
         who has the result raises them.
@@ -143,6 +142,7 @@ class _Resume:
         self._instance = instance
         self._told = told
         self._begun = time.monotonic()
+        self._deadline = self._begun + spec.deadline
         self._phase = 'begin'
         self._seconds: dict[str, float] = {}
 
@@ -158,7 +158,7 @@ class _Resume:
             self._enter('dress')
             self._lane.dress(self._instance)
             undo.callback(_destroy, domain)
-            with _bounded(domain):
+            with _bounded(domain, self._deadline):
                 self._load(domain)
             with _port(self._connection, domain) as port:
                 port.send(self._request(), _SEND_SECONDS)
@@ -236,9 +236,8 @@ class _Resume:
 
         :raises ResumeFailed: it does not come there in time.
         """
-        deadline = time.monotonic() + self._spec.deadline
         due = list(activation.STAGES)
-        for line in port.lines(deadline):
+        for line in port.lines(self._deadline):
             if line.word == activation.FAILED:
                 raise ResumeFailed(
                     self._phase, f'the guest gave up before {due[0]}')
@@ -309,10 +308,11 @@ def _port(connection: Any, domain: Any) -> Iterator[_Port]:
 
 
 @contextlib.contextmanager
-def _bounded(domain: Any) -> Iterator[None]:
+def _bounded(domain: Any, deadline: float) -> Iterator[None]:
     """Destroy the domain if it is not done in time: what waits for it then
     fails."""
-    timer = threading.Timer(LOAD_DEADLINE, _destroy, [domain])
+    timer = threading.Timer(
+        max(0.0, deadline - time.monotonic()), _destroy, [domain])
     timer.daemon = True
     timer.start()
     try:

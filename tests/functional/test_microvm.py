@@ -378,9 +378,7 @@ def machines(house):
             and f'{house}/root' in line]
 
 
-def test_a_machine_that_hangs_while_it_loads(servers, hypervisor, house,
-                                             monkeypatch):
-    monkeypatch.setattr(resume, 'LOAD_DEADLINE', 3)
+def test_a_machine_that_hangs_while_it_loads(servers, hypervisor, house):
     one = servers()
     stopped = []
 
@@ -395,7 +393,7 @@ def test_a_machine_that_hangs_while_it_loads(servers, hypervisor, house,
     thread.start()
     begun = time.monotonic()
     with pytest.raises(resume.ResumeFailed) as caught:
-        one.resume()
+        one.resume(deadline=5)
     thread.join()
     assert stopped and caught.value.phase == 'load'
     assert time.monotonic() - begun < 60
@@ -408,9 +406,9 @@ def test_a_guest_that_is_silent(servers, hypervisor, house, monkeypatch):
     one = servers()
     begun = time.monotonic()
     with pytest.raises(resume.ResumeFailed) as caught:
-        one.resume(deadline=3)
+        one.resume(deadline=15)
     assert caught.value.phase == 'wait'
-    assert time.monotonic() - begun < 15
+    assert time.monotonic() - begun < 30
     nothing_left(hypervisor, house, one)
 
 

@@ -80,22 +80,13 @@ class Guest(Server):
 def image(user, guest):
     """A Debian with a µVM, and lanes of it on both hosts."""
     found = small_image(user, 'microvm', guest, fastboot='microvm')
-    user.wait(lambda: user.cloud.image.get_image(found).properties.get(
-        'fastboot_microvm') == 'ready', 900, 'the µVM')
-    for host in user.layout.hosts:
-        wait_for_lanes(user, found, host.name)
+    user.wait_for_microvm(found)
     yield found
     user.cloud.image.delete_image(found, ignore_missing=True)
 
 
-def row(user, image, host):
-    """What an agent says of the µVM."""
-    rows = user.ask_agent(host, 'GET', '/v1/microvms').get('microvms', [])
-    return next((one for one in rows if one['image'] == image), {})
-
-
 def wait_for_lanes(user, image, host, count=1):
-    user.wait(lambda: row(user, image, host).get('lanes', 0) >= count, 300,
+    user.wait(lambda: user.microvm(image, host).get('lanes', 0) >= count, 300,
               f'lanes on {host}')
 
 
@@ -302,14 +293,8 @@ def test_the_first_reboot_may_be_the_guests_own(user, start):
 
 def test_wishes(user, image, start):
     """A flavor that does not want it, and one that is too small."""
-    compute = user.cloud.compute
-    flavor = compute.create_flavor(name='boots', ram=512, vcpus=1, disk=2)
-    try:
-        compute.create_flavor_extra_specs(
-            flavor, {'fastboot:microvm': 'no'})
-        start(flavor='boots', log='hit')
-    finally:
-        compute.delete_flavor(flavor)
+    with user.booting_flavor('boots') as flavor:
+        start(flavor=flavor, log='hit')
     start(flavor='m1.nano', log='booted')
     with settings(user, 'h1', 'fastboot', resume='false'):
         start(log='hit')
@@ -360,15 +345,13 @@ def test_the_image_goes(user, guest, clean):
     """Its µVMs go with it, and its servers stay."""
     image = small_image(user, 'goes', guest, fastboot='microvm')
     clean.image(image)
-    user.wait(lambda: user.cloud.image.get_image(image).properties.get(
-        'fastboot_microvm') == 'ready', 900, 'the µVM')
-    wait_for_lanes(user, image, 'h1')
+    user.wait_for_microvm(image)
     one = Guest(user, clean.boot(user.boot('uvm', image, 'h1', prompt='')),
                 None)
     assert one.boot.log.startswith('resumed'), one.boot.log
     one.give()
     user.cloud.image.delete_image(image)
-    user.wait(lambda: not row(user, image, 'h1'), 300, 'the µVM to go')
+    user.wait(lambda: not user.microvm(image, 'h1'), 300, 'the µVM to go')
     one.goes_on()
     one.boots_anew(lambda: one.compute.reboot_server(one.id, 'HARD'))
     one.goes_on()

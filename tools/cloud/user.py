@@ -57,6 +57,7 @@ class Boot:
     :ivar active: seconds from the request to ACTIVE.
     :ivar prompt: seconds from the request to the login prompt; None: it was
         not waited for.
+    :ivar answer: the same, to the first answer of its guest agent.
     :ivar log: what fastboot's driver said of it in nova-compute's log.
     """
 
@@ -65,6 +66,7 @@ class Boot:
     prompt: float | None
     traffic: Traffic
     log: str
+    answer: float | None = None
 
 
 class User:
@@ -179,11 +181,14 @@ class User:
 
     def boot(self, name: str, image: str, host: str = '', *,
              flavor: str = 'm1.tiny', prompt: str = PROMPT,
-             seconds: float = 300, **more: Any) -> Boot:
+             answer: bool = False, seconds: float = 300,
+             **more: Any) -> Boot:
         """Start a server and wait for it.
 
         :param host: where; empty: Nova decides.
         :param prompt: what its console says at last; empty: wait for ACTIVE.
+        :param answer: wait for its guest agent, too; its image must have
+            the property ``hw_qemu_guest_agent``.
         :raises CloudError: it ends in ERROR, or takes too long.
         """
         compute = self.cloud.compute
@@ -201,14 +206,60 @@ class User:
         server = self.wait_active(server.id, seconds)
         active = time.monotonic() - began
         place = str(server.hypervisor_hostname)
-        shown = None
-        if prompt:
-            self.wait(lambda: prompt in self.console(server), seconds,
-                      f'{prompt!r} of {name}')
-            shown = time.monotonic() - began
-        return Boot(server, active, shown,
+        signs = {'prompt': lambda: prompt in self.console(server),
+                 'answer': lambda: self._answers(server)}
+        due = [name for name, wanted in (
+            ('prompt', prompt), ('answer', answer)) if wanted]
+        came: dict[str, float] = {}
+        for _ in self._until(seconds, f'{" and ".join(due)} of {name}'):
+            for sign in [one for one in due if one not in came]:
+                if signs[sign]():
+                    came[sign] = time.monotonic() - began
+            if len(came) == len(due):
+                break
+        return Boot(server, active, came.get('prompt'),
                     self.traffic(place) - before[place],
-                    self.driver_log(place, server.id))
+                    self.driver_log(place, server.id), came.get('answer'))
+
+    def _answers(self, server: Any) -> bool:
+        """Whether its guest agent does."""
+        return 'return' in self.inside(
+            server.hypervisor_hostname, 'virsh', '-q', '-c',
+            'qemu:///system', 'qemu-agent-command', '--timeout', '1',
+            server.instance_name, '{"execute":"guest-ping"}', check=False)
+
+    def wait_for_microvm(self, image: str, seconds: float = 900) -> None:
+        """Wait until an image has a µVM, and every host a lane of it.
+
+        :raises CloudError: it has none, or takes too long.
+        """
+        for _ in self._until(seconds, f'the µVM of {image}'):
+            found = self.cloud.image.get_image(image).properties
+            state = found.get('fastboot_microvm')
+            if state in ('none', 'error'):
+                raise CloudError(f'{image} has no µVM: '
+                                 f'{found.get("fastboot_microvm_error")}')
+            if state == 'ready' and all(
+                    self.microvm(image, host.name).get('lanes', 0)
+                    for host in self.layout.hosts):
+                return
+
+    def microvm(self, image: str, host: str) -> dict[str, Any]:
+        """What the agent of a host says of an image's µVM."""
+        rows = self.ask_agent(host, 'GET', '/v1/microvms').get('microvms')
+        return next((row for row in rows or () if row['image'] == image), {})
+
+    @contextlib.contextmanager
+    def booting_flavor(self, name: str) -> Iterator[str]:
+        """A flavor like m1.tiny whose servers are not resumed."""
+        compute = self.cloud.compute
+        made = compute.create_flavor(name=name, ram=512, vcpus=1, disk=2)
+        try:
+            compute.create_flavor_extra_specs(
+                made, {'fastboot:microvm': 'no'})
+            yield name
+        finally:
+            compute.delete_flavor(made)
 
     def wait_active(self, server: str, seconds: float = 300) -> Any:
         """Wait until a server is ACTIVE.

@@ -76,7 +76,8 @@ def compute(layout: Layout, node: Node) -> str:
     fastboot: Sections = {
         'DEFAULT': {'compute_driver': 'fastboot.FastbootLibvirtDriver'},
         'libvirt': {'disk_cachemodes': 'file=writeback'},
-        'fastboot': {'enabled': True},
+        # Guests are slow without KVM, and several start at once.
+        'fastboot': {'enabled': True, 'resume_deadline': 60},
     }
     return render(merged(_common(layout, node), {
         'DEFAULT': {
