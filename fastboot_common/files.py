@@ -114,6 +114,16 @@ def remove(path: pathlib.Path) -> None:
         sync_directory(path.parent)
 
 
+def disk_used(directory: pathlib.Path) -> int:
+    """Bytes of the disk that the files in and below a directory take."""
+    total = 0
+    for path, _directories, names in os.walk(directory):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                total += os.stat(os.path.join(path, name)).st_blocks * 512
+    return total
+
+
 def punch(fd: int, offset: int, length: int) -> None:
     """Make a hole in a file; its size stays.
 

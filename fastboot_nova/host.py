@@ -23,6 +23,7 @@ from fastboot_common import (
     chain,
     exception,
     extents,
+    files,
     journal,
     manifest,
     signing,
@@ -506,7 +507,7 @@ class Host:
     def held(self) -> tuple[int, int]:
         """Bytes of the disk that volumes and mirror take."""
         return (sum(one.disk_used() for one in self.volumes()),
-                _disk_used(self.mirror.path))
+                files.disk_used(self.mirror.path))
 
     def status(self) -> list[Status]:
         """Every registered image, and those that only this host has."""
@@ -547,15 +548,6 @@ class Host:
         return one.check(
             image_id, lambda numbers: self._digests(image, numbers),
             data_blocks(found), self._pool)
-
-
-def _disk_used(directory: pathlib.Path) -> int:
-    total = 0
-    for path, _directories, names in os.walk(directory):
-        for name in names:
-            with contextlib.suppress(FileNotFoundError):
-                total += os.stat(os.path.join(path, name)).st_blocks * 512
-    return total
 
 
 def _presence(one: volume.Volume, image_id: str) -> tuple[str, float]:

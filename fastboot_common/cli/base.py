@@ -76,10 +76,22 @@ class Environment:
         """The repository for reading, at all places that have it."""
         if not self.conf.repository.replicas:
             return self.open_store()
-        limit = self._throttle()
+        return self._open_all(self.locations())
+
+    def open_microvm_replicas(self) -> store.ReadStore:
+        """The repository of the µVMs for reading, at the same places.
+
+        It need not be there.
+        """
+        return self._open_all([_microvms(one) for one in self.locations()])
+
+    def _open_all(self, locations: list[str]) -> store.ReadStore:
+        retries, limit = self.conf.repository.retries, self._throttle()
+        if len(locations) == 1:
+            return self._open(locations[0], retries, limit)
         return striped.StripedStore(
-            [self._open(one, 0, limit) for one in self.locations()],
-            retries=self.conf.repository.retries)
+            [self._open(one, 0, limit) for one in locations],
+            retries=retries)
 
     def _open(self, location: str, retries: int,
               limit: throttle.Throttle | None) -> store.ReadStore:
@@ -130,7 +142,7 @@ class Environment:
 
         So whatever serves that one, or copies it, has them as well.
         """
-        return self.location().rstrip('/') + '/microvms'
+        return _microvms(self.location())
 
     def open_microvms(self) -> repository.Repository:
         """The repository of the µVMs, for reading.
@@ -157,6 +169,10 @@ class Environment:
         with contextlib.suppress(exception.Exists):
             repository.init(local.LocalStore(path), blocks.PAGE)
         return self.open_microvms()
+
+
+def _microvms(location: str) -> str:
+    return location.rstrip('/') + '/microvms'
 
 
 def _no_repository(location: str) -> exception.NotFound:

@@ -13,7 +13,7 @@ from oslo_log import log as logging
 
 from fastboot_common import exception
 from fastboot_common.cli import base
-from fastboot_nova import host
+from fastboot_nova import host, mirror
 from fastboot_nova.agent import (
     bus,
     domains,
@@ -23,6 +23,7 @@ from fastboot_nova.agent import (
     loopdevice,
     memory,
     metrics,
+    microvms,
     network,
     observer,
     reboots,
@@ -76,6 +77,18 @@ class Agent:
             delay=group.hydrate_delay,
             changed=self._changed,
             busy=lambda: bool(self._guests.coming))
+        self._microvms = microvms.Microvms(
+            served.path / 'microvms', served.mirror, self._space, told,
+            enabled=conf.microvm.enabled,
+            opened=lambda path: mirror.Mirror(
+                path, env.open_microvm_replicas(), env.trust()),
+            platforms=domains.Domains(group.libvirt_uri).platforms,
+            times=window.Window(group.window), limit=self._sync.limit,
+            interval=group.interval, jitter=group.jitter,
+            lanes=conf.microvm.lanes, disk=conf.microvm.disk << 30,
+            memory=conf.microvm.memory << 20,
+            busy=lambda: bool(self._guests.coming), changed=self._changed)
+        self._space.beside = self._microvms
         self._memory = memory.Memory(
             served, group.lock_memory, group.lock_images,
             self._space.is_roomy)
@@ -88,18 +101,19 @@ class Agent:
                                   self._changed)
         self._bus: bus.Bus | None = None
         if group.messaging:
-            self._bus = bus.Bus(conf, name, bus.Endpoint(self._sync))
+            self._bus = bus.Bus(conf, name, bus.Endpoint(
+                self._sync, self._microvms))
         self._observer = observer.Observer(
             name, served, group.observe if self._bus else 0, self._observed)
         self.reporter = report.Reporter(
             name, served, self._sync, self._hydrator, self._space, told,
             lazy=lambda: self._lazy.guests, send=self._send,
-            interval=group.report_interval)
+            interval=group.report_interval, beside=self._microvms)
         self._workers = [
             worker.Worker('space', self._space.keep, _SPACE_SECONDS),
             worker.Worker('leases', self._reconcile, group.lease_interval),
             self._sync.worker, self._hydrator.worker, self.reporter.worker,
-            self._observer.worker]
+            self._observer.worker, *self._microvms.workers]
         #: They start only if there is libvirt's module.
         self._lookers: list[
             reboots.Reboots | domains.Lazy | resume.Resumer
@@ -234,11 +248,29 @@ class Agent:
     def sync(self) -> None:
         """Follow the repository now."""
         self._sync.everything()
+        self._microvms.everything()
 
     def images(self) -> dict[str, Any]:
         """All images, and how far each is."""
         return {'images': self.reporter.images(),
                 'version': self._sync.version}
+
+    def microvms(self) -> dict[str, Any]:
+        """All µVMs that this host can run."""
+        return {'microvms': self._microvms.rows()}
+
+    def take(self, image_id: str, holder: str) -> dict[str, Any]:
+        """See :meth:`microvms.Microvms.take`."""
+        return self._microvms.take(image_id, holder)
+
+    def dress(self, token: str, xml: str) -> None:
+        """See :meth:`microvms.Microvms.dress`."""
+        self._microvms.dress(token, xml)
+
+    def give_back(self, token: str, outcome: str, phase: str, reason: str,
+                  seconds: dict[str, float]) -> None:
+        """See :meth:`microvms.Microvms.give_back`."""
+        self._microvms.give_back(token, outcome, phase, reason, seconds)
 
     def status(self) -> dict[str, Any]:
         """The state of the parts; cheap."""
@@ -251,6 +283,10 @@ class Agent:
             'path': str(self._host.path),
             'free_bytes': self._space.free(),
             'lazy_guests': self._lazy.guests,
+            'microvms': (self._microvms.reason or self._microvms.error
+                         or 'ok'),
+            'platforms': self._microvms.platforms,
+            'microvm_bytes': self._microvms.held(),
             'hydrate_rate': self._hydrator.rate} | {
                 key: last.get(key) for key in (
                     'volume_bytes', 'mirror_bytes')}

@@ -13,7 +13,7 @@ from oslo_log import log as logging
 
 from fastboot_common import rpc
 from fastboot_common.rpc import oslo_messaging
-from fastboot_nova.agent import sync
+from fastboot_nova.agent import microvms, sync
 
 LOG = logging.getLogger(__name__)
 
@@ -26,22 +26,29 @@ class Endpoint:
     """What builders may call.
 
     :param follower: does it.
+    :param beside: the µVMs, which have a repository of their own.
     """
 
-    def __init__(self, follower: sync.Sync) -> None:
+    def __init__(self, follower: sync.Sync,
+                 beside: microvms.Microvms | None = None) -> None:
         self._sync = follower
+        self._microvms = beside
 
     @oslo_messaging.expose
     def announce(self, context: dict[str, Any], version: Any) -> None:
         """The repository has a new version."""
         if type(version) is int:
             self._sync.announce(version)
+            if self._microvms:
+                self._microvms.look()
 
     @oslo_messaging.expose
     def sync(self, context: dict[str, Any], images: Any = None) -> None:
         """Sync now; all, or some images."""
         if images is None:
             self._sync.everything()
+            if self._microvms:
+                self._microvms.everything()
         elif isinstance(images, list):
             for image_id in images[:_IMAGES]:
                 if isinstance(image_id, str):

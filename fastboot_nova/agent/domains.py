@@ -9,7 +9,10 @@ from xml.etree import ElementTree
 
 from oslo_log import log as logging
 
+from fastboot_common import exception
+from fastboot_common.microvm.key import Platform
 from fastboot_nova.agent import worker
+from fastboot_nova.microvm import compatible
 
 try:
     import libvirt
@@ -41,6 +44,25 @@ class Domains:
 
         :raises libvirt.libvirtError: libvirt does not answer.
         """
+        return list(self._ask(lambda known: known.listAllDomains(flags)))
+
+    def platforms(self) -> list[Platform]:
+        """What this host is, now.
+
+        :raises Unavailable: libvirt does not answer, or its module is
+            missing.
+        """
+        if libvirt is None:
+            raise exception.Unavailable(
+                "libvirt's Python module is not installed")
+        try:
+            found: list[Platform] = self._ask(compatible.platforms)
+            return found
+        except libvirt.libvirtError as error:
+            raise exception.Unavailable(
+                f'libvirt at {self._uri}: {error}') from error
+
+    def _ask(self, question: Callable[[Any], Any]) -> Any:
         try:
             if self._connection is None:
                 # Errors come as exceptions; printing them too is its
@@ -48,7 +70,7 @@ class Domains:
                 libvirt.registerErrorHandler(
                     lambda context, error: None, None)
                 self._connection = libvirt.open(self._uri)
-            return list(self._connection.listAllDomains(flags))
+            return question(self._connection)
         except libvirt.libvirtError:
             connection, self._connection = self._connection, None
             with contextlib.suppress(libvirt.libvirtError):

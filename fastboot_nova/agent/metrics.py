@@ -6,6 +6,13 @@ from typing import Any, Final
 
 import prometheus_client
 
+from fastboot_common.microvm import activation
+
+#: Phases of a resume, and who asks for one may have more; the last three are
+#: of Nova's driver, and of lanes that nobody gave back.
+_PHASES: Final = frozenset((
+    'begin', 'define', 'dress', 'load', 'plug', 'activate', 'wait', 'end',
+    *activation.STAGES, 'take', 'disk', 'lost'))
 _SECONDS: Final = (.002, .005, .01, .02, .05, .1, .2, .5, 1, 2, 5, 10, 30)
 
 
@@ -45,6 +52,18 @@ class Metrics:
         self.rebooted = self._counter(
             'rebooted_guests', 'Resumed guests that rebooted and were '
             'started')
+        self.microvm_resumes = self._counter(
+            'microvm_resumes', 'Servers that were resumed')
+        self.microvm_fallbacks = self._counter(
+            'microvm_fallbacks', 'Servers that were booted after all, by '
+            'the phase that ended their resume', 'phase')
+        self.microvm_misses = self._counter(
+            'microvm_misses', 'Servers that got no lane', 'reason')
+        self.microvm_seconds = self._histogram(
+            'microvm_seconds', 'Time from the call to the end of each '
+            'phase of resumes', 'phase')
+        self.microvms = self._gauge(
+            'microvms', 'µVMs by their state on this host', 'state')
         self.images = self._gauge(
             'images', 'Images by their state on this host', 'state')
         self._gauges = {
@@ -65,10 +84,10 @@ class Metrics:
         return prometheus_client.Gauge(
             f'fastboot_{name}', text, labels, registry=self.registry)
 
-    def _histogram(self, name: str, text: str,
+    def _histogram(self, name: str, text: str, *labels: str,
                    ) -> prometheus_client.Histogram:
         return prometheus_client.Histogram(
-            f'fastboot_{name}', text, buckets=_SECONDS,
+            f'fastboot_{name}', text, labels, buckets=_SECONDS,
             registry=self.registry)
 
     def follow(self, name: str, text: str,
@@ -84,7 +103,29 @@ class Metrics:
         self.images.clear()
         for image in report['images']:
             self.images.labels(image['state']).inc()
+        self.microvms.clear()
+        for one in report['microvms']:
+            self.microvms.labels(one['state']).inc()
+
+    def note_resume(self, well: bool, phase: str,
+                    seconds: dict[str, float]) -> None:
+        """Count a resume, or a fallback.
+
+        :param phase: that it ended in.
+        :param seconds: from the call to the end of each phase.
+        """
+        if well:
+            self.microvm_resumes.inc()
+        else:
+            self.microvm_fallbacks.labels(_known(phase)).inc()
+        for name, value in seconds.items():
+            self.microvm_seconds.labels(_known(name)).observe(value)
 
     def serve(self, address: str, port: int) -> None:
         """Answer Prometheus, in a thread."""
         prometheus_client.start_http_server(port, address, self.registry)
+
+
+def _known(phase: str) -> str:
+    """The phase, if it is one of few: what callers say makes no labels."""
+    return phase if phase in _PHASES else 'other'

@@ -8,7 +8,14 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from fastboot_nova import host
-from fastboot_nova.agent import hydrate, metrics, space, sync, worker
+from fastboot_nova.agent import (
+    hydrate,
+    metrics,
+    microvms,
+    space,
+    sync,
+    worker,
+)
 
 #: Seconds that changes are gathered before they are reported.
 _GATHER: Final = 1.0
@@ -30,6 +37,7 @@ class Reporter:
     :param name: of this host.
     :param lazy: the ids of guests that need the export; None: unknown.
     :param send: takes a report.
+    :param beside: the µVMs.
     :param interval: seconds between two of them.
     """
 
@@ -38,7 +46,7 @@ class Reporter:
                  told: metrics.Metrics, *, send: Callable[[Report], None],
                  interval: float,
                  lazy: Callable[[], list[str] | None] = lambda: None,
-                 ) -> None:
+                 beside: microvms.Microvms | None = None) -> None:
         self._name = name
         self._host = served
         self._sync = follower
@@ -46,6 +54,7 @@ class Reporter:
         self._room = room
         self._told = told
         self._lazy = lazy
+        self._microvms = beside
         self._send = send
         #: The last one.
         self.last: Report = {}
@@ -103,8 +112,14 @@ class Reporter:
                 for image in images],
             'volume_bytes': volumes, 'mirror_bytes': mirror,
             'free_bytes': self._room.free(),
-            'lazy_guests': self._lazy(),
+            'lazy_guests': self._lazy(), **self._of_microvms(),
         }
         self.last = report
         self._told.note(report, sum(image['leases'] for image in images))
         self._send(report)
+
+    def _of_microvms(self) -> Report:
+        known = self._microvms
+        if known is None:
+            return {'platforms': [], 'microvms': []}
+        return {'platforms': known.platforms, 'microvms': known.rows()}

@@ -145,7 +145,11 @@ class Service:
             for path in (host_path, host_path / 'volumes',
                          *host_path.glob('volumes/*'),
                          *host_path.glob('volumes/*/complete'),
-                         *host_path.glob('volumes/*/volume')):
+                         *host_path.glob('volumes/*/volume'),
+                         *host_path.glob('microvms'),
+                         *host_path.glob('microvms/*'),
+                         *host_path.glob('microvms/artifacts/*'),
+                         *host_path.glob('microvms/artifacts/*/*')):
                 if path.stat().st_gid != self._gid:
                     os.chown(path, -1, self._gid)
 

@@ -5,7 +5,7 @@ used first."""
 import os
 import sys
 import threading
-from typing import Final
+from typing import Final, Protocol
 
 from oslo_log import log as logging
 
@@ -16,6 +16,14 @@ LOG = logging.getLogger(__name__)
 
 #: What can wait begins only with so much more than must be free.
 _MARGIN: Final = 1.25
+
+
+class Beside(Protocol):
+    """What else a host keeps there, and can do without."""
+
+    def held(self) -> int: ...
+
+    def make_room(self, wanted: int) -> int: ...
 
 
 class Space:
@@ -34,6 +42,8 @@ class Space:
         self._evicted = evicted
         self._quota = quota
         self._lock = threading.Lock()
+        #: Goes after the images, which cost less to have again.
+        self.beside: Beside | None = None
         self._short = False
 
     def free(self) -> int:
@@ -48,15 +58,25 @@ class Space:
 
     def _above(self) -> int:
         """Bytes more than the quota; below 0: they may still come."""
-        return sum(self._host.held()) - self._quota if self._quota \
-            else -sys.maxsize
+        if not self._quota:
+            return -sys.maxsize
+        held = sum(self._host.held())
+        if self.beside:
+            held += self.beside.held()
+        return held - self._quota
+
+    def _evict(self, wanted: int) -> int:
+        freed = self._host.make_room(wanted, self._evicted)
+        if freed < wanted and self.beside:
+            freed += self.beside.make_room(wanted - freed)
+        return freed
 
     def keep(self) -> None:
         """Evict until there is enough free space, or nothing to evict."""
         with self._lock:
             wanted = max(self._min_free - self.free(), self._above())
             if wanted > 0:
-                freed = self._host.make_room(wanted, self._evicted)
+                freed = self._evict(wanted)
                 short = freed < wanted
                 if short and not self._short:
                     LOG.warning(
@@ -68,7 +88,7 @@ class Space:
     def make(self, count: int = 1) -> None:
         """Free at least `count` bytes, for something that found no room."""
         with self._lock:
-            self._host.make_room(count, self._evicted)
+            self._evict(count)
 
     def demand(self) -> None:
         """Have as much free as there must be.

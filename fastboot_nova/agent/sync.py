@@ -56,7 +56,8 @@ class Sync:
         self._told = told
         self._times = times
         self._jitter = jitter
-        self._throttle = throttle.Throttle(rate) if rate else None
+        #: Of pulls that nobody asked for; None: any rate.
+        self.limit = throttle.Throttle(rate) if rate else None
         self._eager = eager
         self._evicted = evicted
         self._changed = changed
@@ -191,7 +192,7 @@ class Sync:
         :raises Unavailable: the repository is out of reach.
         """
         try:
-            self._pull(image, self._throttle)
+            self._pull(image, self.limit)
         except (exception.Corrupt, exception.NotFound, exception.NoSpace,
                 exception.Busy):
             return  # noted, and tried again at the next look

@@ -9,6 +9,7 @@ from fastboot_common import exception
 from fastboot_common.cli import base, progress
 from fastboot_nova import detach
 from fastboot_nova.cli.base import open_host
+from fastboot_nova.microvm import artifacts
 
 
 class Sync(base.ShowOne):
@@ -59,11 +60,13 @@ class Status(base.Lister):
     def take_action(self, parsed_args: argparse.Namespace) -> Any:
         """Print them by serial."""
         columns = ('ID', 'Name', 'Serial', 'Domain', 'State', 'Present %',
-                   'Leases', 'Pinned')
+                   'Leases', 'Pinned', 'µVMs')
+        unpacked = artifacts.counted(self.env.host_path / 'microvms')
         with open_host(self.env, writable=False) as host:
             return columns, [
                 (row.image_id, row.name, row.serial, row.domain, row.state,
-                 round(100 * row.progress, 1), row.leases, row.pinned)
+                 round(100 * row.progress, 1), row.leases, row.pinned,
+                 unpacked[row.image_id])
                 for row in host.status()]
 
 

@@ -144,6 +144,13 @@ class Pool:
             return (len(stock.ready) + stock.taken, stock.taken) \
                 if stock else (0, 0)
 
+    def held(self, name: str) -> int:
+        """Bytes of the disk that the lanes take which wait for takers."""
+        with self._mutex:
+            stock = self._stocks.get(name)
+            return sum(lane.path.stat().st_blocks * 512
+                       for lane in stock.ready) if stock else 0
+
     def ready(self) -> int:
         """Lanes that wait for a taker."""
         with self._mutex:
