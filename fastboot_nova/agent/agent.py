@@ -260,7 +260,14 @@ class Agent:
         return {'microvms': self._microvms.rows()}
 
     def take(self, image_id: str, holder: str) -> dict[str, Any]:
-        """See :meth:`microvms.Microvms.take`."""
+        """See :meth:`microvms.Microvms.take`.
+
+        :raises NotFound: there is none here, or nobody would start the
+            guest again when it reboots; and why.
+        """
+        if not self._reboots.watching:
+            raise exception.NotFound(
+                'libvirt tells no reboots of guests to this host\'s agent')
         return self._microvms.take(image_id, holder)
 
     def dress(self, token: str, xml: str) -> None:
