@@ -3,6 +3,7 @@
 
 import collections
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import json
@@ -293,6 +294,32 @@ class Repository:
             return {'image_id': image_id}
 
         return self.append('deregister', build)
+
+    def move(self, image: journal.Image, visibility: str,
+             owner: str) -> journal.Image:
+        """Register an image anew, for others to see. Its packs are those
+        that it has.
+
+        :param image: as it is registered.
+        :raises NotFound: its packs were removed meanwhile.
+        """
+        with contextlib.suppress(exception.NotFound):
+            self.remove(image.image_id)
+        members = dataclasses.asdict(dataclasses.replace(
+            image, visibility=visibility, owner=owner))
+        del members['serial']
+
+        def build(state: journal.State) -> dict[str, Any] | None:
+            if image.image_id in state.images:
+                return None
+            lacking = {ref.digest for ref in self.read_manifest(
+                image.manifest).packs} - state.packs.keys()
+            if lacking:
+                raise exception.NotFound(
+                    f'image {image.image_id}: its packs were removed')
+            return {'image': members, 'packs': []}
+
+        return self.append('register', build).images[image.image_id]
 
 
 def _read_head(data: bytes) -> int:

@@ -7,6 +7,9 @@ notification says is never believed: Glance itself is asked. Everything may
 be done twice, and by several builders.
 """
 
+import os
+import secrets
+import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -16,6 +19,7 @@ from oslo_log import log as logging
 
 from fastboot_common import exception
 from fastboot_glance import (
+    bakes,
     eligibility,
     images,
     jobs,
@@ -31,6 +35,8 @@ _GATHER: Final = 0.3
 _WAITING: Final = 10_000
 #: Seconds until an audit that failed is repeated.
 _AGAIN: Final = 30.0
+#: Seconds after which a bake that nobody began is nobody's.
+_ABANDONED: Final = 86400.0
 
 
 class Steward:
@@ -39,18 +45,23 @@ class Steward:
     def __init__(self, board: jobs.Board, glance: images.Images,
                  policies: eligibility.Policies, store: records.Records,
                  register: registry.Registry,
-                 refresher: observations.Refresher, removals: int) -> None:
+                 refresher: observations.Refresher, baker: bakes.Bakes,
+                 removals: int) -> None:
         """Make one.
 
         :param refresher: sees to what hosts observed.
+        :param baker: sees to µVMs.
         :param removals: how many images one audit deregisters at most.
         """
+        self._who = (f'{socket.gethostname()}:{os.getpid()}:'
+                     f'{secrets.token_hex(4)}')
         self._board = board
         self._glance = glance
         self._policies = policies
         self._records = store
         self._registry = register
         self._refresher = refresher
+        self._bakes = baker
         self._removals = removals
 
     def look(self, image_id: str) -> None:
@@ -85,6 +96,7 @@ class Steward:
         self._remove(sorted(registered - found.keys()), bool(found))
         for image_id in known - registered - found.keys():
             self._one(self._registry.gone, image_id)
+        self._drop(waiting)
         LOG.info('audit: %d images in Glance, %d registered, %.1f s',
                  len(found), len(registered), time.monotonic() - begun)
 
@@ -111,6 +123,10 @@ class Steward:
         if found:
             self._registry.settle(image, found)
             self._refresher.look(image, found)
+            # As it is now: it may have been registered anew.
+            found = self._registry.find(image.image_id)
+            if found:
+                self._bakes.look(image, found, waiting)
             return
         known = self._records.build(image.image_id)
         if known and known.state == 'error' and not known.requested:
@@ -136,6 +152,19 @@ class Steward:
             return
         for image_id in gone:
             self._one(self._registry.gone, image_id)
+
+    def _drop(self, waiting: Sequence[jobs.Job]) -> None:
+        """Take bakes from the board that no builder has the platform for.
+
+        Who has it posts them again.
+        """
+        for job in waiting:
+            if job.platform and time.time() - job.posted > _ABANDONED:
+                claim = self._board.claim(job, self._who)
+                if claim:
+                    LOG.warning('image %s: nobody bakes for %s; the job is '
+                                'dropped', job.image_id, job.platform)
+                    claim.finish()
 
     def _is_gone(self, image_id: str) -> bool:
         """Whether Glance had it once, and says itself that it has not."""

@@ -10,6 +10,7 @@ is a result like any other, with a reason.
 import contextlib
 import dataclasses
 import hashlib
+import importlib.util
 import json
 import os
 import pathlib
@@ -66,6 +67,8 @@ _LONGEST: Final = 8 << 30
 _WRITTEN: Final = 4 << 30
 #: How long a path of a UNIX socket can be.
 _PATH_LIMIT: Final = 107
+_NO_NAME_SPACES: Final = ('this host permits no name spaces; a guest with '
+                          'libvirt is not baked without')
 #: Where the version and the incompatible features of a qcow2 are.
 _FEATURES: Final = slice(72, 80)
 
@@ -74,7 +77,8 @@ _FEATURES: Final = slice(72, 80)
 class Bake:
     """What came of an image.
 
-    :ivar state: ``baked``, ``failed`` or ``none`` (cancelled).
+    :ivar state: ``baked``, ``refused`` (the image's doing: it would be so
+        again), ``failed`` (ours) or ``none`` (cancelled).
     :ivar reason: why there is no µVM.
     :ivar description: of the µVM.
     :ivar seconds: of each phase.
@@ -92,6 +96,10 @@ class _Cancelled(Exception):
 
 class _NotBaked(Exception):
     """There is no µVM of this image; why."""
+
+
+class _Refused(_NotBaked):
+    """The image is the reason."""
 
 
 def bake(raw_path: pathlib.Path, virtual_size: int, directory: pathlib.Path,
@@ -125,7 +133,8 @@ def bake(raw_path: pathlib.Path, virtual_size: int, directory: pathlib.Path,
         found = one.run(directory)
     except (_NotBaked, exception.CommandFailed, exception.Corrupt) as error:
         _empty(directory)
-        return Bake('failed', str(error), None, one.seconds)
+        state = 'refused' if isinstance(error, _Refused) else 'failed'
+        return Bake(state, str(error), None, one.seconds)
     except _Cancelled:
         _empty(directory)
         return Bake('none', 'cancelled', None, one.seconds)
@@ -141,6 +150,20 @@ def config(options: Any) -> template.Config:
         virt_type=options.virt_type, machine=options.machine,
         cpu=options.cpu, memory=options.memory, vcpus=options.max_vcpus,
         max_memory=options.max_memory, slots=options.slots)
+
+
+def platform(options: Any) -> key.Platform:
+    """That of the µVMs which are baked here.
+
+    :raises ConfigError: none can be baked here.
+    """
+    if importlib.util.find_spec('libvirt') is None:
+        raise exception.ConfigError('libvirt\'s Python module is missing')
+    if not guest.Sandbox(options.user).isolated:
+        raise exception.ConfigError(_NO_NAME_SPACES)
+    found = config(options)
+    return key.Platform(found.arch, found.virt_type, qemu.package(),
+                        savefile.VERSION, activation.RECIPE)
 
 
 def _empty(directory: pathlib.Path) -> None:
@@ -176,9 +199,7 @@ class _Bakery:
         :raises _NotBaked: there is none.
         """
         if not self._sandbox.isolated:
-            raise exception.ConfigError(
-                'this host permits no name spaces; a guest with libvirt is '
-                'not baked without')
+            raise exception.ConfigError(_NO_NAME_SPACES)
         with self._served() as room:
             places = self._furnish(room)
             self._bake(room, places)
@@ -296,7 +317,7 @@ class _Bakery:
                 if time.monotonic() > deadline:
                     raise _NotBaked('it was not done in time')
                 if guest.disk_usage(room) > _WRITTEN:
-                    raise _NotBaked(f'it wrote more than {_WRITTEN} bytes')
+                    raise _Refused(f'it wrote more than {_WRITTEN} bytes')
                 guest.check_room(room)
                 if not selector.select(_TICK):
                     continue
@@ -322,8 +343,10 @@ class _Bakery:
             self._enter(message['phase'])
         if type(message.get('vcpus')) is int:
             self._vcpus = min(max(message['vcpus'], 1), self._config.vcpus)
+        if 'refused' in message:
+            raise _Refused(f'the guest: {str(message["refused"])[:500]}')
         if 'failed' in message:
-            raise _NotBaked(f'the guest: {str(message["failed"])[:500]}')
+            raise _NotBaked(str(message['failed'])[:500])
         if message.get('done') is True:
             self._enter('done')
             return True

@@ -2,9 +2,10 @@
 """The service ``fastboot-builder``: any number of them, anywhere where the
 repository's directory is mounted.
 
-Each runs workers that take jobs from the jobboard, a listener for Glance's
-notifications, a steward that audits, the endpoint that agents report to, and
-now and then upkeep. All of it may be killed at any moment.
+Each runs workers that take jobs to build, and others that take those to
+bake, from the jobboard, a listener for Glance's notifications, a steward that
+audits, the endpoint that agents report to, and now and then upkeep. All of it
+may be killed at any moment.
 """
 
 import os
@@ -24,15 +25,20 @@ from oslo_service import systemd
 from fastboot_common import exception, publish, repack, rpc, upkeep
 from fastboot_common.cli import base
 from fastboot_common.conf import opts
+from fastboot_common.microvm import key
 from fastboot_common.repository import Repository
 from fastboot_glance import (
     audit,
+    bakery,
+    bakes,
+    cases,
     centre,
     endings,
     herald,
     images,
     jobs,
     logbooks,
+    microvms,
     observations,
     records,
     registry,
@@ -78,6 +84,7 @@ class Builder:
             conf.builder.workdir or self._state_dir / 'work').absolute()
         self._stop = threading.Event()
         endings.load(conf.capture)
+        self._platform = _platform(conf.bakery)
         self._open()
         self._policies = policies.Policies(conf)
         self._records = records.Records(
@@ -91,6 +98,13 @@ class Builder:
         self._desk = audit.Desk(self._steward, conf.builder.audit_interval)
         self._workers = [worker.Worker(self._tools, conf.builder.poll)
                          for _ in range(conf.builder.workers)]
+        if self._platform:
+            # Of their own: builds, which servers wait for, never wait for a
+            # bake, which takes minutes.
+            self._workers += [
+                worker.Worker(self._tools, conf.builder.poll,
+                              self._platform.text)
+                for _ in range(conf.bakery.workers)]
         self._upkeep = threading.Thread(
             target=self._keep_up, name='upkeep', daemon=True)
 
@@ -148,20 +162,27 @@ class Builder:
 
     def _registry(self) -> registry.Registry:
         return registry.Registry(self._open(), self._records, self._glance,
-                                 self._herald)
+                                 self._herald, self._microvms())
 
-    def _tools(self) -> worker.Tools:
+    def _microvms(self) -> microvms.Microvms:
+        return microvms.Microvms(base.Environment(self._conf))
+
+    def _bakes(self, register: registry.Registry) -> bakes.Bakes:
+        return bakes.Bakes(self._conf, self._board, self._policies,
+                           self._records, register, self._platform)
+
+    def _tools(self) -> cases.Tools:
         group = self._conf.repository
         register = self._registry()
-        return worker.Tools(
+        cache = self._state_dir / 'cache'
+        return cases.Tools(
             conf=self._conf, board=self._board, books=self._books,
             glance=self._glance, policies=self._policies, registry=register,
-            publisher=publish.Publisher(
-                register.repository, self._state_dir / 'cache',
-                level=group.compression_level,
+            bakes=self._bakes(register), publisher=publish.Publisher(
+                register.repository, cache, level=group.compression_level,
                 boot_level=group.boot_compression_level,
                 threads=group.threads or None),
-            workdir=self._workdir)
+            cache=cache, workdir=self._workdir, platform=self._platform)
 
     def _steward(self) -> audit.Steward:
         group, register = self._conf.builder, self._registry()
@@ -169,17 +190,20 @@ class Builder:
             self._board, self._glance, self._policies, self._records,
             register, observations.Refresher(
                 self._records, register, group.refresh, group.refresh_hosts),
-            group.audit_removals)
+            self._bakes(register), group.audit_removals)
 
     def _keep_up(self) -> None:
         """Collect garbage, first what builders left that died."""
         interval = self._conf.builder.upkeep_interval
         repository: Repository | None = None
+        shelved = self._microvms()
         while True:
             try:
                 self._sweep()
                 repository = repository or self._open()
-                self._collect(repository)
+                self._collect(repository,
+                              self._conf.repository.retention_days * 86400)
+                self._tidy(repository, shelved)
             except exception.FastbootError as error:
                 LOG.warning('upkeep: %s', error)
             except Exception:
@@ -202,7 +226,17 @@ class Builder:
             LOG.info('upkeep: removed %d logbooks and %d directories of '
                      'builders that died', len(dead), removed)
 
-    def _collect(self, repository: Repository) -> None:
+    def _tidy(self, images: Repository, shelved: microvms.Microvms) -> None:
+        """The same for the µVMs, and those go that are of no use."""
+        found = shelved.repository()
+        if found is None:
+            return
+        removed = shelved.tidy(images, self._records.platforms())
+        if removed:
+            LOG.info('upkeep: removed %d µVMs of no use', removed)
+        self._collect(found, self._conf.bakery.retention_hours * 3600)
+
+    def _collect(self, repository: Repository, retention: float) -> None:
         group = self._conf.repository
         moved = repack.repack(
             repository, group.repack_below / 100,
@@ -211,11 +245,25 @@ class Builder:
         if moved.retired:
             LOG.info('upkeep: rewrote %d packs, %d bytes into %d',
                      moved.retired, moved.before, moved.after)
-        done = upkeep.collect(repository, group.retention_days * 86400,
+        done = upkeep.collect(repository, retention,
                               group.grace_hours * 3600)
         if done.files:
             LOG.info('upkeep: removed %d files, %d bytes, from the '
                      'repository', done.files, done.bytes)
+
+
+def _platform(options: Any) -> key.Platform | None:
+    """What this builder bakes for; None: it does not.
+
+    Whatever is wrong with it, builds go on.
+    """
+    if not options.workers:
+        return None
+    try:
+        return bakery.platform(options)
+    except exception.FastbootError as error:
+        LOG.warning('no µVMs are baked here: %s', error)
+        return None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -62,7 +62,8 @@ class Options:
         if (wish or self._group.default) == 'off':
             return Refusal(
                 'property fastboot=off' if wish else
-                'images are built only with property fastboot=cache',
+                'images are built only with property fastboot=cache or '
+                'fastboot=microvm',
                 off=True)
         reason = self._format(image) or self._place(image) \
             or self._size(image)
@@ -107,8 +108,13 @@ class Policies:
 
         :raises ConfigError: there is no such policy, or it does not load.
         """
+        self._default: str = conf.eligibility.default
         self._policies: list[Policy] = [
             _load(name, conf) for name in conf.eligibility.policies]
+
+    def bakes(self, image: images.Image) -> bool:
+        """Whether an image that is built is to have a µVM, too."""
+        return (image.wish or self._default) == 'microvm'
 
     def refuse(self, image: images.Image) -> Refusal | None:
         """The first policy's reason; None: the image may be built."""

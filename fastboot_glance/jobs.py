@@ -4,7 +4,8 @@
 TaskFlow's jobboard over redis, etcd or ZooKeeper, with what it leaves open:
 a job a image, claims that live as long as their builder, and no image in
 two builders' hands. Everybody posts: import plugin, listener, audit, API.
-A job names an image and nothing else; what is to be done, Glance says.
+A job names an image, and what is to be done, Glance says; but builds and
+bakes are jobs of their own, and a bake names the platform that it is for.
 """
 
 import contextlib
@@ -39,6 +40,7 @@ class Job:
     :ivar sequence: its number; older jobs have lower ones.
     :ivar posted: when (seconds, Unix time).
     :ivar force: build even what is registered already.
+    :ivar platform: to bake for, as its text; empty: it is a build.
     """
 
     uuid: str
@@ -47,7 +49,8 @@ class Job:
     force: bool
     posted: float
     sequence: int
-    handle: Any = dataclasses.field(repr=False, compare=False)
+    platform: str = ''
+    handle: Any = dataclasses.field(default=None, repr=False, compare=False)
 
 
 class Board:
@@ -69,23 +72,28 @@ class Board:
         self._found: Any = None
 
     def post(self, image_id: str, reason: str, force: bool = False,
-             among: Sequence[Job] | None = None) -> bool:
-        """Ask for a build. A job of the image that is there already will do.
+             among: Sequence[Job] | None = None,
+             platform: str = '') -> bool:
+        """Ask for a build, or for a bake. A job that is there already will
+        do.
 
         :param reason: who asks, for the log.
         :param force: build even if the image is registered.
         :param among: the jobs on the board, for who posts many and has
             looked before; a job that came since is no harm.
+        :param platform: to bake for; empty: it is a build.
         :returns: whether there is a new job.
         """
-        if any(job.image_id == image_id and job.force >= force
+        if any((job.image_id, job.platform) == (image_id, platform)
+               and job.force >= force
                for job in (self.jobs() if among is None else among)):
             return False
         with self._use('posting a job') as board:
             board.post(image_id, details={
                 'image_id': image_id, 'reason': reason, 'force': force,
-                'posted': time.time()})
-        LOG.info('image %s: job posted (%s)', image_id, reason)
+                'posted': time.time(), 'platform': platform})
+        LOG.info('image %s: %s posted (%s)', image_id,
+                 'bake' if platform else 'build', reason)
         return True
 
     def jobs(self) -> list[Job]:
@@ -100,7 +108,8 @@ class Board:
 
         :param who: a name that no other builder has.
         :returns: None if another has it, or another job of the same image
-            is in hands or comes first.
+            is in hands or comes first. Bakes for several platforms do not
+            mind each other.
         """
         with self._use('claiming a job') as board:
             # ZooKeeper notices the death of a builder by itself.
@@ -116,8 +125,11 @@ class Board:
             # after our claim can be seen do we look at the others'.
             rivals = [other for other in self.jobs() if
                       other.image_id == job.image_id
-                      and other.uuid != job.uuid]
-            older = any(other.sequence < job.sequence for other in rivals)
+                      and other.uuid != job.uuid
+                      and not (job.platform and other.platform
+                               and job.platform != other.platform)]
+            older = any(other.sequence < job.sequence for other in rivals
+                        if other.platform == job.platform)
             if not older and not any(map(self._claimed, rivals)):
                 return claim
         except BaseException:
@@ -271,7 +283,7 @@ class Claim:
 
     def _lose(self) -> None:
         if not self._done.is_set():
-            LOG.error('image %s: the claim on its job is lost; the build is '
+            LOG.error('image %s: the claim on its job is lost; the work is '
                       'given up', self.job.image_id)
             self.lost = True
             self.cancel.set()
@@ -290,6 +302,7 @@ def _job(found: Any) -> Job:
         reason=str(details.get('reason', '')),
         force=bool(details.get('force')),
         posted=float(details.get('posted', 0)), sequence=found.sequence,
+        platform=str(details.get('platform', '')),
         handle=found)
 
 

@@ -7,7 +7,7 @@ service: it lives here, with the rights of an account that owns nothing, and
 an uploaded image never meets a libvirt that has more.
 
 It reads one JSON object from stdin and writes one a line to stdout: how far
-it is, then ``done`` or ``failed``.
+it is, then ``done``, ``refused`` or ``failed``.
 """
 
 import contextlib
@@ -53,7 +53,11 @@ _ENDS: Final = {
 
 
 class Failed(Exception):
-    """The guest cannot be baked; why."""
+    """The guest was not baked; why."""
+
+
+class Refused(Failed):
+    """The guest is the reason: it would be so again."""
 
 
 def tell(**message: Any) -> None:
@@ -142,7 +146,7 @@ class Oven:
         self._request = request
         self._room = pathlib.Path(request['home'])
         self._deadline = time.monotonic() + request['timeout']
-        self._end: queue.Queue[str] = queue.Queue()
+        self._end: queue.Queue[int] = queue.Queue()
 
     def bake(self) -> None:
         """All of it.
@@ -176,19 +180,23 @@ class Oven:
                   detail: int, opaque: Any) -> None:
         """libvirt tells why a guest stopped, and forgets it."""
         if event == libvirt.VIR_DOMAIN_EVENT_STOPPED:
-            self._end.put(_ENDS.get(detail, f'it stopped ({detail})'))
+            self._end.put(detail)
 
     def _stopped(self) -> Failed:
         """Why there is no guest any more; libvirt knows a moment later."""
-        try:
-            reason = self._end.get(timeout=_END_SECONDS)
-        except queue.Empty:
-            reason = 'it stopped'
+        kind: type[Failed] = Failed
+        reason = 'it stopped'
+        with contextlib.suppress(queue.Empty):
+            detail = self._end.get(timeout=_END_SECONDS)
+            reason = _ENDS.get(detail, f'it stopped ({detail})')
+            # Whatever a guest does, QEMU must not die of it.
+            kind = Refused if detail in _ENDS and detail != (
+                libvirt.VIR_DOMAIN_EVENT_STOPPED_FAILED) else Failed
         log = self._room / 'root' / 'log' / 'qemu' / 'baking.log'
         with contextlib.suppress(OSError):
             for words in log.read_text(errors='replace').splitlines()[-1:]:
                 reason += f'; QEMU said last: {words}'
-        return Failed(reason)
+        return kind(reason)
 
     def _await(self, word: str, seconds: float, otherwise: str
                ) -> int | None:
@@ -203,11 +211,11 @@ class Oven:
                 raise self._stopped()
             for line in heard:
                 if line.word == activation.REFUSED:
-                    raise Failed('it can neither import cloud-init nor '
-                                 'reseed its random numbers')
+                    raise Refused('it can neither import cloud-init nor '
+                                  'reseed its random numbers')
                 if line.word == word:
                     return line.number
-        raise Failed(f'{otherwise} ({seconds:.0f} seconds)')
+        raise Refused(f'{otherwise} ({seconds:.0f} seconds)')
 
     def _unplug(self) -> None:
         """Take the drive away. A guest that does not let go of it would not
@@ -218,8 +226,8 @@ class Oven:
         end = time.monotonic() + _UNPLUG_SECONDS
         while f"'{template.DRIVE}'" in self._domain.XMLDesc():
             if time.monotonic() > end:
-                raise Failed('it does not let go of a device that is '
-                             'unplugged')
+                raise Refused('it does not let go of a device that is '
+                              'unplugged')
             time.sleep(_TICK)
 
     def _drive(self) -> document.Element:
@@ -255,6 +263,8 @@ def main() -> None:
         drop(request['uid'], request['gid'])
         reap()
         Oven(request).bake()
+    except Refused as error:
+        tell(refused=str(error))
     except (Failed, exception.FastbootError) as error:
         tell(failed=str(error))
     except (libvirt.libvirtError, OSError) as error:

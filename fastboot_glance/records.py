@@ -17,7 +17,7 @@ import math
 import socket
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Concatenate, Final, ParamSpec, TypeVar
 
 import sqlalchemy as sa
@@ -34,6 +34,7 @@ logging.getLogger('oslo_db.api').setLevel(logging.CRITICAL)
 
 BUILD_STATES: Final = (
     'queued', 'building', 'ready', 'error', 'skipped', 'off')
+MICROVM_STATES: Final = ('none', 'baking', 'ready', 'refused', 'failed')
 #: Bytes that a host's images may have, decompressed.
 IMAGES_LIMIT: Final = 64 << 20
 #: Names that hostile reports can make up at most.
@@ -77,6 +78,38 @@ class Build:
     requested: float = 0.0
 
 
+@dataclasses.dataclass(frozen=True)
+class Microvm:
+    """What the builders say of the µVM of an image for a platform.
+
+    :ivar platform: of hosts, as its text.
+    :ivar state: ``none`` (it waits for a builder), ``baking``, ``ready``,
+        ``refused`` (the image's doing) or ``failed`` (ours).
+    :ivar progress: of the stage, 0 to 1.
+    :ivar basis: digest of what a refusal or failure is of: it would be so
+        again until that changes.
+    :ivar group: name of its class of hosts; empty: not baked.
+    :ivar bytes: that it added to the repository; None: not known.
+    :ivar seconds: that the bake took; None: not known.
+    :ivar baked_at: seconds, Unix time; 0: not known.
+    :ivar updated: when a builder last said something (seconds, Unix time).
+    """
+
+    image_id: str
+    platform: str
+    state: str
+    stage: str = ''
+    progress: float = 0.0
+    reason: str = ''
+    basis: str = ''
+    group: str = ''
+    bytes: int | None = None
+    seconds: float | None = None
+    baked_at: float = 0.0
+    builder: str = ''
+    updated: float = 0.0
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class HostImage:
     """What a host says of one image; the states are those of a report."""
@@ -87,6 +120,27 @@ class HostImage:
     serial: int | None = None
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class HostMicrovm:
+    """What a host says of one µVM; the states are those of a report.
+
+    :ivar group: name of its class of hosts.
+    :ivar bytes: on the host's disks.
+    :ivar lanes: copies that the next servers can be resumed from.
+    :ivar resumed: servers that were, since the agent started.
+    :ivar fallbacks: servers that were booted instead.
+    """
+
+    image_id: str
+    group: str
+    state: str
+    bytes: int = 0
+    lanes: int = 0
+    resumed: int = 0
+    fallbacks: int = 0
+    reason: str = ''
+
+
 @dataclasses.dataclass(frozen=True)
 class Host:
     """The newest report of a host (sizes in bytes).
@@ -95,6 +149,8 @@ class Host:
         was before (seconds, Unix time).
     :ivar version: of the repository, as the host knows it.
     :ivar lazy_guests: ids of guests that need the export; None: unknown.
+    :ivar platforms: that it runs µVMs of; None: it is too old to say.
+    :ivar microvms: None: it is too old to say.
     """
 
     name: str
@@ -106,6 +162,8 @@ class Host:
     free_bytes: int
     images: dict[str, HostImage]
     lazy_guests: list[str] | None = None
+    platforms: list[str] | None = None
+    microvms: list[HostMicrovm] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,14 +288,14 @@ class Records:
             'updated': time.time(), 'requested': 0.0,
         } | {key: value for key, value in optional.items()
              if value is not None}
-        self._upsert(tables.BUILDS, 'image_id', image_id, values)
+        self._upsert(tables.BUILDS, {'image_id': image_id}, values)
 
     @_guarded
     def note_request(self, image_id: str) -> None:
         """Say that a build was asked for, until a builder says something."""
         self._upsert(
-            tables.BUILDS, 'image_id', image_id, {'requested': time.time()},
-            {'state': 'queued'})
+            tables.BUILDS, {'image_id': image_id},
+            {'requested': time.time()}, {'state': 'queued'})
 
     @_guarded
     def withdraw_request(self, image_id: str) -> None:
@@ -254,9 +312,64 @@ class Records:
     def forget_build(self, image_id: str) -> None:
         """Drop what is known of an image; nothing known is no error."""
         with self._engine.begin() as connection:
-            for table in (tables.BUILDS, tables.OBSERVATIONS):
+            for table in (tables.BUILDS, tables.OBSERVATIONS,
+                          tables.MICROVMS):
                 connection.execute(sa.delete(table).where(
                     table.c.image_id == image_id))
+
+    @_guarded
+    def microvms(self, image_id: str | None = None) -> list[Microvm]:
+        """What is known of the µVMs of an image, or of all."""
+        table = tables.MICROVMS
+        found = sa.select(table).order_by(table.c.image_id, table.c.platform)
+        return [Microvm(**row) for row in self._rows(
+            found if image_id is None
+            else found.where(table.c.image_id == image_id))]
+
+    @_guarded
+    def note_microvm(self, image_id: str, platform: str, *, state: str,
+                     stage: str = '', progress: float = 0.0,
+                     reason: str = '', basis: str | None = None,
+                     group: str | None = None, size: int | None = None,
+                     seconds: float | None = None,
+                     baked_at: float | None = None) -> None:
+        """Say how it is with the µVM of an image.
+
+        What is None stays as it was. See :class:`Microvm`.
+
+        :param state: one of ``MICROVM_STATES``.
+        :param size: its bytes.
+        :raises Invalid: there is no such state.
+        """
+        if state not in MICROVM_STATES:
+            raise exception.Invalid(f'not the state of a µVM: {state!r}')
+        optional = {'basis': basis, 'group': group, 'bytes': size,
+                    'seconds': seconds, 'baked_at': baked_at}
+        self._upsert(tables.MICROVMS, {
+            'image_id': image_id, 'platform': platform}, {
+                'state': state, 'stage': clean(stage, 64),
+                'progress': _share(progress), 'reason': clean(reason, 1000),
+                'builder': clean(socket.gethostname(), 255),
+                'updated': time.time(),
+            } | {name: value for name, value in optional.items()
+                 if value is not None})
+
+    @_guarded
+    def forget_microvms(self, image_id: str,
+                        states: Sequence[str] = MICROVM_STATES) -> None:
+        """Drop what is known of the µVMs of an image in some states."""
+        table = tables.MICROVMS
+        with self._engine.begin() as connection:
+            connection.execute(sa.delete(table).where(
+                table.c.image_id == image_id, table.c.state.in_(states)))
+
+    @_guarded
+    def platforms(self) -> set[str]:
+        """Those that any host reports."""
+        column = tables.HOSTS.c.platforms
+        return {text for row in self._rows(
+            sa.select(column).distinct().where(column.is_not(None)))
+            for text in json.loads(row['platforms']) or ()}
 
     @_guarded
     def note_host(self, report: dict[str, Any]) -> bool:
@@ -273,6 +386,8 @@ class Records:
             'at': min(float(report['at']), time.time()),
             'digest': hashlib.sha256(images).hexdigest(), 'images': images,
             'lazy_guests': json.dumps(report['lazy_guests']),
+            'platforms': json.dumps(report['platforms']),
+            'microvms': _encode_microvms(report['microvms']),
         } | {key: report[key] for key in (
             'version', 'software', 'volume_bytes', 'mirror_bytes',
             'free_bytes')}
@@ -289,7 +404,7 @@ class Records:
                 f'host {report["host"]}: there are {HOSTS_LIMIT} hosts '
                 f'already; forget some with "fastboot-manage host forget"')
         with self._engine.begin() as connection:
-            statement = self._insert(hosts, 'name', {
+            statement = self._insert(hosts, ['name'], {
                 'name': report['host'], **values}, None)
             return bool(connection.execute(statement).rowcount)
 
@@ -302,7 +417,7 @@ class Records:
             return None
         row = rows[0]
         del row['digest']
-        return Host(**_guests(row) | {'images': _decode(row['images'])})
+        return Host(**_parsed(row) | {'images': _decode(row['images'])})
 
     @_guarded
     def hosts(self) -> list[Host]:
@@ -321,7 +436,7 @@ class Records:
             # A report that came between the two looks is shown next time.
             digest: images for digest in digests
             if (images := fresh.get(digest, known.get(digest))) is not None}
-        return [Host(**_guests(row), images=found[digest])
+        return [Host(**_parsed(row), images=found[digest])
                 for row, digest in zip(rows, digests, strict=True)
                 if digest in found]
 
@@ -393,19 +508,20 @@ class Records:
             return [dict(row._mapping)
                     for row in connection.execute(statement)]
 
-    def _upsert(self, table: sa.Table, key: str, value: str,
+    def _upsert(self, table: sa.Table, key: dict[str, str],
                 values: dict[str, Any],
                 first: dict[str, Any] | None = None) -> None:
         """Change a row or make it.
 
+        :param key: that the row has.
         :param values: what the row gets.
         :param first: what it gets besides, if it is new.
         """
-        row = {**(first or {}), **values, key: value}
+        row = {**(first or {}), **values, **key}
         with self._engine.begin() as connection:
-            connection.execute(self._insert(table, key, row, values))
+            connection.execute(self._insert(table, list(key), row, values))
 
-    def _insert(self, table: sa.Table, key: str, row: dict[str, Any],
+    def _insert(self, table: sa.Table, key: list[str], row: dict[str, Any],
                 update: dict[str, Any] | None) -> Any:
         """An insert that changes the row (or, with None, leaves it) if it
         is there."""
@@ -416,8 +532,8 @@ class Records:
                 update)
         statement = sqlite.insert(table).values(row)
         if update is None:
-            return statement.on_conflict_do_nothing([key])
-        return statement.on_conflict_do_update([key], set_=update)
+            return statement.on_conflict_do_nothing(key)
+        return statement.on_conflict_do_update(key, set_=update)
 
 
 def _engine(connection: str, options: dict[str, Any]) -> sa.Engine:
@@ -448,18 +564,40 @@ def _share(progress: float) -> float:
     return min(max(progress, 0.0), 1.0) if math.isfinite(progress) else 0.0
 
 
-def _guests(row: dict[str, Any]) -> dict[str, Any]:
-    return row | {'lazy_guests': json.loads(row['lazy_guests'] or 'null')}
+def _parsed(row: dict[str, Any]) -> dict[str, Any]:
+    return row | {
+        key: json.loads(row[key] or 'null')
+        for key in ('lazy_guests', 'platforms')
+    } | {'microvms': _decode_microvms(row['microvms'])}
 
 
 def _encode(images: list[dict[str, Any]]) -> bytes:
-    return zlib.compress(json.dumps(
-        {one['id']: [one['state'], one['progress'], one['error'],
-                     one['serial']] for one in images},
-        sort_keys=True, separators=(',', ':')).encode())
+    return _pack({one['id']: [one['state'], one['progress'], one['error'],
+                              one['serial']] for one in images})
 
 
 def _decode(blob: bytes) -> dict[str, HostImage]:
-    text = zlib.decompressobj().decompress(blob, IMAGES_LIMIT)
     return {key: HostImage(*values)
-            for key, values in json.loads(text).items()}
+            for key, values in _unpack(blob).items()}
+
+
+def _encode_microvms(found: list[dict[str, Any]] | None) -> bytes | None:
+    if found is None:
+        return None
+    return _pack([[one[key] for key in (
+        'image', 'class', 'state', 'bytes', 'lanes', 'resumed', 'fallbacks',
+        'reason')] for one in found])
+
+
+def _decode_microvms(blob: bytes | None) -> list[HostMicrovm] | None:
+    return None if blob is None else [
+        HostMicrovm(*values) for values in _unpack(blob)]
+
+
+def _pack(value: Any) -> bytes:
+    return zlib.compress(json.dumps(
+        value, sort_keys=True, separators=(',', ':')).encode())
+
+
+def _unpack(blob: bytes) -> Any:
+    return json.loads(zlib.decompressobj().decompress(blob, IMAGES_LIMIT))

@@ -18,23 +18,32 @@ from fastboot_common import (
     manifest,
 )
 from fastboot_common.repository import Repository
-from fastboot_glance import eligibility, herald, images, records
+from fastboot_glance import (
+    eligibility,
+    herald,
+    images,
+    microvms,
+    records,
+)
 
 LOG = logging.getLogger(__name__)
 
 #: ``origin`` in the manifest's source of images that came from Glance.
 ORIGIN: Final = 'glance'
+MICROVM_PROPERTIES: Final = ('fastboot_microvm', 'fastboot_microvm_error')
 _PROPERTIES: Final = ('fastboot_state', 'fastboot_version',
                       'fastboot_boot_size', 'fastboot_size',
-                      'fastboot_error')
+                      'fastboot_error', *MICROVM_PROPERTIES)
 
 
 class Registry:
     """The registered images, as one thread of a builder changes them."""
 
     def __init__(self, repository: Repository, store: records.Records,
-                 glance: images.Images, crier: herald.Herald) -> None:
+                 glance: images.Images, crier: herald.Herald,
+                 shelved: microvms.Microvms) -> None:
         self.repository = repository
+        self.microvms = shelved
         self._records = store
         self._glance = glance
         self._herald = crier
@@ -71,6 +80,7 @@ class Registry:
         known = self._records.build(image.image_id)
         if not known or (known.state, known.error, known.requested) != (
                 state, records.clean(refusal.reason, 1000), 0.0):
+            self._records.forget_microvms(image.image_id)
             self.note(image, state, error=refusal.reason)
         values: dict[str, str | None] = dict.fromkeys(_PROPERTIES)
         if not refusal.off:
@@ -179,9 +189,26 @@ class Registry:
             self.repository.keep_manifest(data)
         return after.images[image_id]
 
+    def remove_microvms(self, image_id: str, reason: str, *,
+                        ours: bool = False) -> None:
+        """Remove the µVMs of an image.
+
+        :param ours: leave those that somebody put there by hand.
+        """
+        for one in self.microvms.of(image_id):
+            if not ours or one.origin == ORIGIN:
+                self.microvms.remove(one)
+                self.announce('microvm_removed', image_id, reason=reason,
+                              microvm_class=one.name.group)
+
     def _deregister(self, image_id: str, reason: str) -> None:
         found = self.find(image_id)
-        if found is None or not self.from_glance(found):
+        if found and not self.from_glance(found):
+            return
+        # First: without its image a µVM is of no use, and whoever dies
+        # between the two comes here again.
+        self.remove_microvms(image_id, reason)
+        if found is None:
             return
         with contextlib.suppress(exception.NotFound):
             self.repository.remove(image_id)
@@ -199,26 +226,11 @@ class Registry:
         wanted = _moved(found, image)
         if wanted.domain == found.domain:
             return found
-        with contextlib.suppress(exception.NotFound):
-            self.repository.remove(image.image_id)
-
-        def build(state: journal.State) -> dict[str, Any] | None:
-            if image.image_id in state.images:
-                return None
-            lacking = {ref.digest for ref in self.repository.read_manifest(
-                found.manifest).packs} - state.packs.keys()
-            if lacking:
-                raise exception.NotFound(
-                    f'image {image.image_id}: its packs were removed')
-            members = dataclasses.asdict(wanted)
-            del members['serial']
-            return {'image': members, 'packs': []}
-
-        after = self.repository.append('register', build)
+        moved = self.repository.move(found, image.visibility, image.owner)
         LOG.info('image %s: now %s, was %s', image.image_id, wanted.domain,
                  found.domain)
         self.announce('moved', image.image_id)
-        return after.images[image.image_id]
+        return moved
 
 
 def _moved(found: journal.Image, image: images.Image) -> journal.Image:

@@ -10,17 +10,25 @@ import re
 from typing import Any, Final
 
 from fastboot_common import exception, journal
+from fastboot_common.microvm import key
 from fastboot_glance import records
 
 STATES: Final = (
     'absent', 'transferring', 'ready', 'thawed', 'complete', 'stale',
     'error')
+#: Of a µVM.
+MICROVM_STATES: Final = ('absent', 'transferring', 'ready', 'error')
 #: Images in a report.
 IMAGES_LIMIT: Final = 20_000
 #: Guests in a report.
 GUESTS_LIMIT: Final = 1000
+#: Platforms of a host: as many as there are ways to run guests, and some.
+PLATFORMS_LIMIT: Final = 16
+#: µVMs in a report.
+MICROVMS_LIMIT: Final = 20_000
 _ERROR_LIMIT: Final = 500
 _GUEST: Final = re.compile(r'[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}')
+_DIGEST: Final = re.compile(r'[0-9a-f]{64}')
 _HOST: Final = re.compile(r'[A-Za-z0-9][A-Za-z0-9._-]{0,254}')
 
 
@@ -57,7 +65,9 @@ def check(report: Any) -> dict[str, Any]:
             'software': _text(report, 'software', 64),
             'images': checked,
             'lazy_guests': _guests(report.get('lazy_guests')),
-        } | {key: _integer(report, key, 1 << 63) for key in (
+            'platforms': _platforms(report.get('platforms')),
+            'microvms': _microvms(report.get('microvms')),
+        } | {name: _integer(report, name, 1 << 63) for name in (
             'volume_bytes', 'mirror_bytes', 'free_bytes')}
     except KeyError as error:
         raise exception.Invalid(f'host {host}: {error} is missing') from error
@@ -91,6 +101,49 @@ def _guests(ids: Any) -> list[str] | None:
         raise exception.Invalid('"lazy_guests" is no list of ids, or too '
                                 'long')
     return ids
+
+
+def _platforms(texts: Any) -> list[str] | None:
+    """Platforms; None: the host is too old to say."""
+    if texts is None:
+        return None
+    if not isinstance(texts, list) or len(texts) > PLATFORMS_LIMIT:
+        raise exception.Invalid('"platforms" is no list, or too long')
+    try:
+        return [key.Platform.parse(one).text for one in texts]
+    except exception.Corrupt as error:
+        raise exception.Invalid(f'"platforms": {error}') from error
+
+
+def _microvms(rows: Any) -> list[dict[str, Any]] | None:
+    """µVMs; None: the host is too old to say."""
+    if rows is None:
+        return None
+    if not isinstance(rows, list) or len(rows) > MICROVMS_LIMIT:
+        raise exception.Invalid('"microvms" is no list, or too long')
+    found = [_microvm(one) for one in rows]
+    if len({(one['image'], one['class']) for one in found}) != len(found):
+        raise exception.Invalid('a µVM is listed twice')
+    return found
+
+
+def _microvm(one: Any) -> dict[str, Any]:
+    if not isinstance(one, dict):
+        raise exception.Invalid('a µVM is no JSON object')
+    what = f'µVM of {journal.validate_image_id(one.get("image", ""))}'
+    group, state = one.get('class'), one.get('state')
+    if not isinstance(group, str) or not _DIGEST.fullmatch(group):
+        raise exception.Invalid(f'{what}: class {str(group)[:80]!r}')
+    if state not in MICROVM_STATES:
+        raise exception.Invalid(f'{what}: state {str(state)[:40]!r}')
+    try:
+        return {
+            'image': one['image'], 'class': group, 'state': state,
+            'reason': _text({'reason': '', **one}, 'reason', _ERROR_LIMIT),
+        } | {name: _integer(one, name, 1 << 63)
+             for name in ('bytes', 'lanes', 'resumed', 'fallbacks')}
+    except KeyError as error:
+        raise exception.Invalid(f'{what}: {error} is missing') from error
 
 
 def _integer(where: dict[str, Any], key: str, limit: int) -> int:

@@ -2,7 +2,8 @@
 """Staging: what a build has on this machine, one directory an image.
 
 ``<workdir>/staging/<image id>/`` holds ``image.part`` while it comes, then
-``image``, proven, and ``capture``, the trace of its boots. A builder that
+``image``, proven, ``capture``, the trace of its boots, and ``microvm``, what
+was baked of it. A builder that
 died leaves all but its lock, and the next one on this machine goes on from
 there. What lives only as long as its process is in ``<workdir>/t-…/``: a
 short name, because UNIX sockets lie below it.
@@ -16,6 +17,7 @@ import os
 import pathlib
 import secrets
 import shutil
+import time
 import uuid
 from collections.abc import Iterator
 from typing import Final
@@ -31,6 +33,10 @@ LOG = logging.getLogger(__name__)
 _ROOT: Final = 'staging'
 _TEMPORARY: Final = 't-'
 _ATTEMPTS: Final = 10
+#: What commands keep in the directory that is their builder's, too, and the
+#: seconds after which it is theirs no more: their longest takes minutes.
+_STRAYS: Final = ('blob-*', 'bake-*')
+_STRAY: Final = 86400.0
 
 
 class Stage:
@@ -42,6 +48,8 @@ class Stage:
         self.image = path / 'image'
         #: For temporary files; gone with the context.
         self.work = work
+        #: What was baked.
+        self.microvm = path / 'microvm'
         self._capture = path / 'capture'
 
     def read_capture(self, digest: str) -> capture.Capture | None:
@@ -141,6 +149,11 @@ def sweep(workdir: pathlib.Path, wanted: set[str]) -> int:
             shutil.rmtree(path, ignore_errors=True)
             os.close(lock)
             count += 1
+    for path in (found for name in _STRAYS for found in workdir.glob(name)):
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - path.stat().st_mtime > _STRAY:
+                shutil.rmtree(path, ignore_errors=True)
+                count += 1
     return count
 
 

@@ -55,6 +55,26 @@ HOSTS: Final = sa.Table(
     sa.Column('digest', sa.String(64), nullable=False),
     sa.Column('images', BLOB, nullable=False),
     sa.Column('lazy_guests', sa.Text),
+    sa.Column('platforms', sa.Text),
+    sa.Column('microvms', BLOB),
+    **OPTIONS)
+
+#: What builders say of the µVM of an image for a platform of hosts.
+MICROVMS: Final = sa.Table(
+    'microvms', METADATA,
+    sa.Column('image_id', sa.String(64), primary_key=True),
+    sa.Column('platform', sa.String(255), primary_key=True),
+    sa.Column('state', sa.String(16), nullable=False),
+    sa.Column('stage', sa.String(64), nullable=False, default=''),
+    sa.Column('progress', sa.Double, nullable=False, default=0.0),
+    sa.Column('reason', sa.String(1000), nullable=False, default=''),
+    sa.Column('basis', sa.String(64), nullable=False, default=''),
+    sa.Column('group', sa.String(64), nullable=False, default=''),
+    sa.Column('bytes', sa.BigInteger),
+    sa.Column('seconds', sa.Double),
+    sa.Column('baked_at', sa.Double, nullable=False, default=0.0),
+    sa.Column('builder', sa.String(255), nullable=False, default=''),
+    sa.Column('updated', sa.Double, nullable=False, default=0.0),
     **OPTIONS)
 
 #: The newest observation of each host and image, until a boot set has it.

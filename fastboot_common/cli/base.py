@@ -149,14 +149,21 @@ class Environment:
 
         :raises NotFound: there is none, so there are no µVMs.
         """
+        location = self.microvm_location()
+        missing = exception.NotFound(
+            f'there are no µVMs at {self.location()}')
+        # A directory that is missing counts as away, which it is not if
+        # that of the images is there.
+        path = pathlib.Path(location.removeprefix('file://'))
+        if path.parent.exists() and not path.exists():
+            raise missing
         try:
             return repository.Repository(
-                self._open(self.microvm_location(),
-                           self.conf.repository.retries, self._throttle()),
+                self._open(location, self.conf.repository.retries,
+                           self._throttle()),
                 trust=self.trust(), signer=self.signer())
         except exception.NotFound:
-            raise exception.NotFound(
-                f'there are no µVMs at {self.location()}') from None
+            raise missing from None
 
     def writable_microvms(self) -> repository.Repository:
         """The repository of the µVMs, made if there is none.

@@ -9,6 +9,16 @@ GROUP: Final = 'bakery'
 
 OPTS: Final[list[Any]] = [
     cfg.IntOpt(
+        'workers', default=1, min=0, max=16,
+        help='Images that this builder bakes at a time, besides those that '
+             'it builds. Each needs a processor and the memory below. 0: '
+             'this one bakes none.'),
+    cfg.IntOpt(
+        'retention_hours', default=24, min=0,
+        help='Hours that the data of a µVM stay in the repository after it '
+             'was removed. Hosts that are fetching it need them; nothing '
+             'that runs does.'),
+    cfg.IntOpt(
         'timeout', default=600, min=1,
         help='Seconds that a guest may take until it is ready to be saved. '
              'An image whose guest is not ready by then has no µVM, and is '

@@ -18,6 +18,11 @@ from fastboot_common.microvm import document
 _LIMIT: Final = 64 << 10
 _WORDS: Final = re.compile(r'[ -~]{1,16384}')
 _DIGEST: Final = re.compile(r'[0-9a-f]{64}')
+#: Characters of a platform's line: records have a column of that size.
+_PLATFORM_LIMIT: Final = 255
+_PLATFORM: Final = re.compile(
+    r'([\w-]{1,32})/([\w-]{1,32})/([1-9]\d{0,4})/([1-9]\d{0,4})/'
+    r'([ -~]{1,220})', re.ASCII)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +44,19 @@ class Platform:
         """One line, which equal platforms have."""
         return (f'{self.arch}/{self.virt_type}/{self.save}/{self.recipe}/'
                 f'{self.qemu}')
+
+    @classmethod
+    def parse(cls, text: Any) -> Self:
+        """Read that line, which may come from a stranger.
+
+        :raises Corrupt: it is none.
+        """
+        match = _PLATFORM.fullmatch(text) if isinstance(
+            text, str) and len(text) <= _PLATFORM_LIMIT else None
+        if match is None:
+            raise exception.Corrupt(f'not a platform: {str(text)[:80]!r}')
+        arch, virt_type, save, recipe, qemu = match.groups()
+        return cls(arch, virt_type, qemu, int(save), int(recipe))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,13 +8,14 @@ the images' are, so that µVMs share the pages that they have in common.
 
 import dataclasses
 import hashlib
+import logging
 import mmap
 import os
 import pathlib
 import re
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
 import numpy as np
@@ -31,12 +32,13 @@ from fastboot_common.blocks import PAGE
 from fastboot_common.microvm import (
     artifact,
     blob,
-    key,
     pages,
     savefile,
     stream,
 )
 from fastboot_common.repository import Repository
+
+LOG = logging.getLogger(__name__)
 
 _NAME: Final = re.compile(r'([^/]{1,64})/([0-9a-f]{64})')
 
@@ -99,6 +101,7 @@ class Put:
 
 def put(directory: pathlib.Path, image: journal.Image, images: Repository,
         publisher: publish.Publisher, workdir: pathlib.Path, *,
+        origin: str | None = None,
         phase: Callable[[str], None] = lambda name: None,
         progress: Callable[[int], None] | None = None) -> Put:
     """Publish an artifact.
@@ -107,6 +110,7 @@ def put(directory: pathlib.Path, image: journal.Image, images: Repository,
     :param image: that it was baked from, in `images`.
     :param publisher: into the repository of the µVMs.
     :param workdir: for a temporary file as large as the blob.
+    :param origin: the service that looks after it; None: whoever put it.
     :param phase: told what begins.
     :param progress: told the bytes published.
     :raises NotFound: there is no artifact.
@@ -132,7 +136,9 @@ def put(directory: pathlib.Path, image: journal.Image, images: Repository,
         split = time.monotonic()
         phase('publishing')
         published = publisher.publish(
-            path, _draft(name, size, image, source, description.key.platform),
+            path, _draft(name, size, source, {
+                'platform': description.key.platform.text,
+                **({'origin': origin} if origin else {})}),
             progress=progress,
             visibility=image.visibility, owner=image.owner)
     counts = [sum(one.count(source) for one in made.values())
@@ -184,16 +190,24 @@ def platform_of(found: manifest.Manifest) -> str:
     return str(found.source.get('platform'))
 
 
-def _draft(name: Name, size: int, image: journal.Image,
-           source: manifest.Manifest, platform: key.Platform
-           ) -> manifest.Manifest:
+def _draft(name: Name, size: int, source: manifest.Manifest,
+           more: dict[str, str]) -> manifest.Manifest:
     return manifest.Manifest(
         image_id=name.id, name=name.text, virtual_size=size,
         block_size=PAGE, root='', packs=[],
         extents=np.empty(0, extents.DTYPE),
         boot=np.arange(size // PAGE, dtype=np.int64),
-        source={'format': 'microvm', 'size': size, 'image': image.image_id,
-                'root': source.root, 'platform': platform.text})
+        source={'format': 'microvm', 'size': size, 'image': name.image,
+                'root': source.root, **more})
+
+
+def entries(state: journal.State) -> Iterator[tuple[Name, journal.Image]]:
+    """All µVMs. An entry that is none is told, and hides no other."""
+    for entry in state.images.values():
+        try:
+            yield Name.of(entry), entry
+        except exception.Corrupt as error:
+            LOG.warning('%s', error)
 
 
 def find(state: journal.State, image_id: str,
@@ -205,8 +219,7 @@ def find(state: journal.State, image_id: str,
     :raises Invalid: there are several.
     """
     found = {}
-    for entry in state.images.values():
-        name = Name.of(entry)
+    for name, entry in entries(state):
         if name.image == image_id and name.group.startswith(group or ''):
             found[name.group] = entry
     if not found:

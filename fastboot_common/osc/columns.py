@@ -74,6 +74,36 @@ class Places(columns.FormattableColumn[Any]):
             line.rstrip() for line in table.get_string().splitlines())
 
 
+class Microvms(columns.FormattableColumn[Any]):
+    """The µVMs of an image, or of a host."""
+
+    def human_readable(self) -> str:
+        """A line each: what it is, how it is, and why."""
+        return '\n'.join(map(_microvm, self._value or ()))
+
+
+def _microvm(row: dict[str, Any]) -> str:
+    words = [row['class'][:12] or row.get('platform', ''), row['state']]
+    if row.get('image'):
+        words.insert(0, f'{row["name"]} ({row["image"]})'
+                     if row.get('name') else row['image'])
+    if row['state'] == 'baking':
+        words.append(row['stage'].removeprefix('baking: '))
+    if row['bytes']:
+        words.append(Size(row['bytes']).human_readable())
+    if row.get('seconds'):
+        words.append(f'baked in {row["seconds"]:.0f} s')
+    if row.get('hosts'):
+        words.append('hosts: ' + ', '.join(
+            f'{count} {state}' for state, count in row['hosts'].items()))
+    words += [f'{row[key]} {key}' for key in
+              ('lanes', 'resumed', 'fallbacks') if row.get(key)]
+    if row['class'] and row.get('platform'):
+        words.append(row['platform'])
+    line = '  '.join(words)
+    return f'{line}: {row["reason"]}' if row['reason'] else line
+
+
 def described(row: dict[str, Any]) -> str:
     """State of an image on a host, and what kind of ready it is."""
     state, detail = row['state'], row.get('detail', '')

@@ -25,6 +25,7 @@ _SHOWN: Final = {
     'volume_bytes': columns.Size, 'mirror_bytes': columns.Size,
     'free_bytes': columns.Size, 'image_states': columns.Ready,
     'images': columns.Places, 'lazy_guests': columns.Lines,
+    'platforms': columns.Lines, 'microvms': columns.Microvms,
 }
 
 

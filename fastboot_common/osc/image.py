@@ -25,7 +25,8 @@ Shape = tuple[tuple[str, str, type[Any] | None], ...]
 _SHORT: Final[Shape] = (
     ('ID', 'id', None), ('Name', 'name', None), ('State', 'state', None),
     ('Version', 'version', None), ('Boot Set', 'boot_size', columns.Size),
-    ('Hosts Ready', 'host_states', columns.Ready), ('Error', 'error', None),
+    ('Hosts Ready', 'host_states', columns.Ready), ('µVM', 'microvm', None),
+    ('Error', 'error', None),
 )
 _LONG: Final[Shape] = (
     *_SHORT[:3], ('Stage', 'stage', None),
@@ -36,19 +37,20 @@ _LONG: Final[Shape] = (
     ('Updated At', 'updated_at', None),
 )
 _ACTED: Final[Shape] = (
-    *_SHORT[:5], ('Error', 'error', None),
+    *_SHORT[:5], _SHORT[-1],
 )
 _SHOWN: Final = {
     'virtual_size': columns.Size, 'boot_size': columns.Size,
     'progress': columns.Share, 'host_states': columns.Ready,
-    'hosts': columns.Places,
+    'hosts': columns.Places, 'microvms': columns.Microvms,
 }
 
 
 def table(shape: Shape, rows: list[dict[str, Any]]) -> Any:
     """Titles and rows, as cliff wants them."""
     return [title for title, _, _ in shape], [
-        [kind(row[key]) if kind else _text(row[key])
+        # APIs of before do not say all.
+        [kind(row[key]) if kind else _text(row.get(key))
          for _, key, kind in shape] for row in rows]
 
 

@@ -37,7 +37,8 @@ def show(call: Call, name: str) -> tuple[int, dict[str, Any]]:
     images = _images(call, state, host)
     return 200, {'host': {
         **overview.host_row(host, state, call.clock),
-        'image_states': overview.count(images.values()), 'images': images}}
+        'image_states': overview.count(images.values()), 'images': images,
+        'microvms': _microvms(call, state, host)}}
 
 
 def _find(call: Call, name: str) -> records.Host:
@@ -57,6 +58,21 @@ def _images(call: Call, state: journal.State,
             found[image_id] = {
                 'name': image.name if image else '',
                 **overview.on_host(image, image_id, host, call.clock)}
+    return found
+
+
+def _microvms(call: Call, state: journal.State,
+              host: records.Host) -> list[dict[str, Any]] | None:
+    """What it has of µVMs; None: it is too old to say."""
+    if host.microvms is None:
+        return None
+    found = []
+    for one in sorted(host.microvms, key=lambda one: (
+            one.image_id, one.group)):
+        image = state.images.get(one.image_id)
+        if call.may('images:show', image.owner if image else ''):
+            found.append({'name': image.name if image else '',
+                          **overview.host_microvm_row(one)})
     return found
 
 

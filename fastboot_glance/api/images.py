@@ -26,7 +26,9 @@ def index(call: Call) -> tuple[int, dict[str, Any]]:
             words) and call.may('images:show', row['owner'])]
     shown, links = call.page('images', rows, 'id', words)
     hosts = _hosts(call, words.get('host'))
+    microvms = overview.microvm_states(call.parts.records.microvms())
     for row in shown:
+        row['microvm'] = microvms.get(row['id'])
         _add_hosts(call, row, state.images.get(row['id']), hosts)
         if words.get('hosts') == 'false':
             del row['hosts']
@@ -68,7 +70,11 @@ def show(call: Call, image_id: str) -> tuple[int, dict[str, Any]]:
         manifest = call.parts.manifest(image.manifest)
         row['boot_size'] = len(manifest.boot) * manifest.block_size
         row['capture'] = manifest.capture
-    _add_hosts(call, row, image, _hosts(call, None))
+    hosts = _hosts(call, None)
+    _add_hosts(call, row, image, hosts)
+    row['microvms'] = overview.microvm_rows(
+        call.parts.records.microvms(image_id), call.parts.microvms(image_id),
+        image_id, hosts)
     return 200, {'image': row}
 
 

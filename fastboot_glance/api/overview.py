@@ -14,14 +14,16 @@ An image on a host is
 import collections
 import dataclasses
 import datetime
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
 from fastboot_common import journal
-from fastboot_glance import records
+from fastboot_glance import microvms, records
 
 #: States in a report that mean that a guest could start at once.
 _USABLE: Final = ('ready', 'thawed', 'complete')
+#: States of µVMs.
+_BEST_FIRST: Final = ('ready', 'baking', 'none', 'failed', 'refused')
 _ABSENT: Final = records.HostImage('absent')
 
 
@@ -126,6 +128,63 @@ def image_row(image_id: str, image: journal.Image | None,
     }
 
 
+def microvm_states(known: Iterable[records.Microvm]) -> dict[str, str]:
+    """How it is with the µVMs of each image, in a word: the best of its
+    platforms'."""
+    best: dict[str, str] = {}
+    for one in known:
+        best[one.image_id] = min(
+            best.get(one.image_id, one.state), one.state,
+            key=_BEST_FIRST.index)
+    return best
+
+
+def microvm_rows(known: Iterable[records.Microvm],
+                 there: Sequence[microvms.Published], image_id: str,
+                 hosts: Iterable[records.Host]) -> list[dict[str, Any]]:
+    """The µVMs of an image: what the repository has, then what builders say
+    of others (sizes in bytes).
+    """
+    said = {one.platform: one for one in known}
+    rows = [_microvm_row(dataclasses.replace(
+        said.get(one.platform) or records.Microvm(
+            image_id, one.platform, 'ready'), state='ready', stage='',
+        progress=1.0, reason='', group=one.name.group)) for one in there]
+    for one in there:
+        said.pop(one.platform, None)
+    rows += [_microvm_row(one if one.state != 'ready' else
+             dataclasses.replace(
+                 one, state='none', group='', progress=0.0,
+                 reason='the repository does not have it any more'))
+             for one in said.values()]
+    counts: dict[str, collections.Counter[str]] = collections.defaultdict(
+        collections.Counter)
+    for host in hosts:
+        for here in host.microvms or ():
+            if here.image_id == image_id:
+                counts[here.group][here.state] += 1
+    return [row | {'hosts': dict(counts.get(row['class'], {}))}
+            for row in rows]
+
+
+def _microvm_row(one: records.Microvm) -> dict[str, Any]:
+    return {
+        'class': one.group, 'platform': one.platform, 'state': one.state,
+        'stage': one.stage, 'progress': one.progress, 'reason': one.reason,
+        'bytes': one.bytes, 'seconds': one.seconds,
+        'baked_at': iso(one.baked_at), 'updated_at': iso(one.updated),
+    }
+
+
+def host_microvm_row(one: records.HostMicrovm) -> dict[str, Any]:
+    """What a host says of a µVM (bytes, counts)."""
+    return {
+        'image': one.image_id, 'class': one.group, 'state': one.state,
+        'bytes': one.bytes, 'lanes': one.lanes, 'resumed': one.resumed,
+        'fallbacks': one.fallbacks, 'reason': one.reason,
+    }
+
+
 def host_row(host: records.Host, state: journal.State,
              clock: Clock) -> dict[str, Any]:
     """What a host says of itself (sizes in bytes)."""
@@ -137,7 +196,7 @@ def host_row(host: records.Host, state: journal.State,
         'behind': max(0, state.version - host.version),
         'software': host.software, 'volume_bytes': host.volume_bytes,
         'mirror_bytes': host.mirror_bytes, 'free_bytes': host.free_bytes,
-        'lazy_guests': host.lazy_guests,
+        'lazy_guests': host.lazy_guests, 'platforms': host.platforms,
     }
 
 

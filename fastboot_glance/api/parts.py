@@ -11,7 +11,7 @@ from typing import Any
 
 from fastboot_common import exception, journal, manifest, repository
 from fastboot_common.cli import base
-from fastboot_glance import jobs, records
+from fastboot_glance import jobs, microvms, records
 
 
 class Parts:
@@ -21,6 +21,7 @@ class Parts:
         self.conf = conf
         self._lock = threading.Lock()
         self._repository: repository.Repository | None = None
+        self._microvms = microvms.Microvms(base.Environment(conf))
 
     def state(self) -> journal.State:
         """The newest state of the repository.
@@ -38,6 +39,14 @@ class Parts:
         """
         with self._lock:
             return self._open_repository().read_manifest(digest)
+
+    def microvms(self, image_id: str) -> list[microvms.Published]:
+        """The µVMs of an image that are in the repository.
+
+        :raises Unavailable: it cannot be reached.
+        """
+        with self._lock:
+            return self._microvms.of(image_id)
 
     def _open_repository(self) -> repository.Repository:
         if self._repository is None:

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``fastbootctl microvm bake|publish``."""
+"""``fastbootctl microvm bake|publish|list|remove``."""
 
 import argparse
+import contextlib
 import pathlib
 from typing import Any
 
 from fastboot_common import exception, files, publish
 from fastboot_common.cli import base, progress
 from fastboot_common.microvm import artifact, shelf
-from fastboot_glance import bakery, source
+from fastboot_glance import bakery, microvms, source
 
 
 class Bake(base.ShowOne):
@@ -98,6 +99,56 @@ class Publish(base.ShowOne):
             'stored_bytes': done.published.stored_bytes,
             'seconds': {phase: round(seconds, 2) for phase, seconds
                         in done.seconds.items()}})
+
+
+class List(base.Lister):
+    """List the guests that are in the repository."""
+
+    def take_action(self, parsed_args: argparse.Namespace) -> Any:
+        """Print them."""
+        return ('Image', 'Class', 'Platform', 'Version', 'Visibility',
+                'Bytes', 'Origin'), [
+            (one.name.image, one.name.group, one.platform, one.entry.serial,
+             one.entry.visibility, one.entry.virtual_size, one.origin or '')
+            for one in microvms.Microvms(self.env).all()]
+
+
+class Remove(base.Command):
+    """Remove guests of an image from the repository.
+
+    Servers that run need them no more. A builder bakes them anew if the
+    image still is to have one.
+    """
+
+    def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
+        """Its arguments."""
+        parser: argparse.ArgumentParser = super().get_parser(prog_name)
+        parser.add_argument(
+            'image', metavar='IMAGE_ID',
+            help='id or name; the id if it is not registered any more')
+        parser.add_argument(
+            '--class', dest='group', metavar='CLASS', default='',
+            help='only this one; the beginning of its name will do')
+        return parser
+
+    def take_action(self, parsed_args: argparse.Namespace) -> None:
+        """Remove them."""
+        env = self.env
+        images = env.writable_repository()
+        reference = parsed_args.image
+        with contextlib.suppress(exception.NotFound):
+            reference = images.image(reference).image_id
+        shelved = microvms.Microvms(env)
+        found = [one for one in shelved.of(reference)
+                 if one.name.group.startswith(parsed_args.group)]
+        if not found:
+            raise exception.NotFound(
+                f'image {reference} has no µVM'
+                + (f' of class {parsed_args.group}'
+                   if parsed_args.group else ''))
+        for one in found:
+            shelved.remove(one)
+            self.app.stdout.write(f'removed {one.name.text}\n')
 
 
 def _sizes(directory: pathlib.Path,

@@ -15,12 +15,12 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from oslo_log import log as logging
-from taskflow import engines, task
-from taskflow import exceptions as tf_exception
+from taskflow import task
 from taskflow.patterns import linear_flow
 
 from fastboot_common import exception, publish
 from fastboot_glance import build, images, logbooks, registry, staging
+from fastboot_glance.flows import engine
 
 LOG = logging.getLogger(__name__)
 
@@ -111,11 +111,7 @@ class Work:
 
     def fetch(self) -> None:
         """Have the image's file here."""
-        if self.stage.image.exists():
-            return
-        self.report.phase('fetching', self.image.size)
-        self.glance.fetch(self.image, self.stage.image, self.cancel,
-                          self.report.reach)
+        fetch(self.image, self.stage, self.glance, self.cancel, self.report)
 
     def build(self) -> dict[str, Any]:
         """Have the image registered, with a boot set if it boots."""
@@ -153,6 +149,14 @@ class Work:
             boot_size=one['boot_size'])
         self.registry.announce('ready', image.image_id, name=image.name,
                                version=one['version'])
+
+
+def fetch(image: images.Image, stage: staging.Stage, glance: images.Images,
+          cancel: threading.Event, report: Report) -> None:
+    """Have an image's file in its staging directory."""
+    if not stage.image.exists():
+        report.phase('fetching', image.size)
+        glance.fetch(image, stage.image, cancel, report.reach)
 
 
 class _Fetch(task.Task):
@@ -195,17 +199,5 @@ def run(work: Work, book: logbooks.Logbook, books: logbooks.Logbooks) -> None:
 
     :raises FastbootError: it failed; the error of the task.
     """
-    flow = linear_flow.Flow('build').add(
-        _Fetch(work), _Build(work), _Announce(work))
-    try:
-        engines.load(flow, flow_detail=book.flow, backend=books.backend,
-                     engine='serial').run()
-    except tf_exception.WrappedFailure as error:
-        # It happened in another process; only its words came here.
-        failure = error[0]
-        kind = exception.Invalid if failure.check(exception.Invalid) \
-            else exception.Unavailable
-        raise kind(failure.exception_str) from error
-    except tf_exception.StorageFailure as error:
-        raise exception.Unavailable(
-            f'the database of the logbooks: {error}') from error
+    engine.run(linear_flow.Flow('build').add(
+        _Fetch(work), _Build(work), _Announce(work)), book, books)

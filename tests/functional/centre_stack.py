@@ -5,6 +5,7 @@ builders as processes of their own.
 
 import contextlib
 import dataclasses
+import json
 import os
 import pathlib
 import signal
@@ -18,6 +19,7 @@ from oslo_config import cfg
 
 from fastboot_common import repository
 from fastboot_common.conf import opts
+from fastboot_common.microvm import shelf
 from fastboot_common.store import local
 from fastboot_glance import images, jobs, logbooks, records
 
@@ -116,6 +118,24 @@ class Centre:
         return repository.Repository(
             local.LocalStore(self.path / 'repository')).state()
 
+    @property
+    def microvms(self):
+        """Names of the µVMs in the repository: image and class."""
+        path = self.path / 'repository' / 'microvms'
+        if not (path / 'config.json').exists():
+            return []
+        found = repository.Repository(local.LocalStore(path))
+        return [(name.image, name.group)
+                for name, _ in shelf.entries(found.state())]
+
+    def microvm(self, image_id, *states, seconds=60):
+        """The record of an image's µVM when it has one of some states."""
+        def answer():
+            return [one for one in self.records.microvms(image_id)
+                    if one.state in states]
+
+        return self._wait(answer, f'µVM of {image_id} {states}', seconds)[0]
+
     def manifest(self, image_id):
         found = repository.Repository(
             local.LocalStore(self.path / 'repository'))
@@ -150,12 +170,32 @@ class Centre:
     def images(self, **options):
         return images.Images(self.conf(glance=options))
 
-    def start(self, name='builder', **groups):
-        """Start a builder; its log is ``<name>.log``."""
+    def plan(self, name='plan', **plan):
+        """What the bakery does of builders that are started with `name`."""
+        path = self.path / name
+        path.mkdir(exist_ok=True)
+        (path / 'new').write_text(json.dumps(plan))
+        (path / 'new').rename(path / 'plan.json')
+        return path
+
+    def bakes(self, name='plan'):
+        """What was baked by that plan."""
+        path = self.path / name / 'baked'
+        return path.read_text().splitlines() if path.exists() else []
+
+    def start(self, name='builder', plan=None, **groups):
+        """Start a builder; its log is ``<name>.log``.
+
+        :param plan: see :meth:`plan`; None: it has a real bakery.
+        """
         file = self.write_conf(name, **groups)
         env = {**os.environ, 'PYTHONPATH': str(ROOT)}
+        program = ['-m', 'fastboot_glance.builder']
+        if plan:
+            program = [str(ROOT / 'tests' / 'functional' / 'fake_bakery.py')]
+            env['FAKE_BAKERY'] = str(self.path / plan / 'plan.json')
         found = brokers.Process(
-            [sys.executable, '-W', 'ignore', '-m', 'fastboot_glance.builder',
+            [sys.executable, '-W', 'ignore', *program,
              '--config-file', str(file)], self.path / f'{name}.log', env=env)
         self.builders.append(found)
         return found

@@ -14,6 +14,9 @@ pytest.importorskip('glance')
 pytest.importorskip('taskflow')
 
 from fastboot_common import rpc
+from fastboot_common.cli import base
+from fastboot_common.microvm import activation
+from fastboot_glance import reports
 
 
 @pytest.fixture(scope='module')
@@ -394,6 +397,208 @@ def test_twenty_images_and_a_killed_builder(centre, tmp_path):
     centre.wait_idle()
     scratch = list((centre.path / 'repository' / 'tmp').glob('*'))
     assert len(scratch) <= 2
+
+
+#: Of the fake bakery.
+QEMU = '7.2.22 (Debian)'
+
+
+def tiny(centre, tmp_path, **values):
+    return centre.glance.make(
+        'tiny', centre_stack.bootable(tmp_path / 'disk'), **values)
+
+
+def test_an_image_gets_its_microvm(centre, tmp_path):
+    """Ready before it is baked; the file is fetched once."""
+    centre.plan(seconds=3)
+    centre.start(plan='plan')
+    image_id = tiny(centre, tmp_path, fastboot='microvm')
+    plain = tiny(centre, tmp_path)
+    found = centre.wait_state(image_id, 'ready', 'error')
+    one = centre.microvm(image_id, 'baking')
+    assert one.stage in ('beginning', 'inspecting', 'baking: boot')
+    assert centre.glance.show(image_id)['fastboot_microvm'] == 'none'
+    one = centre.microvm(image_id, 'ready')
+    centre.wait_idle()
+    assert centre.microvms == [(image_id, one.group)]
+    assert one.bytes > 1 << 20
+    assert (one.seconds, one.baked_at) == (1.5, 1_700_000_000)
+    assert one.platform.endswith(f'/{QEMU}')
+    shown = centre.glance.show(image_id)
+    assert shown['fastboot_microvm'] == 'ready'
+    assert 'fastboot_microvm_error' not in shown
+    assert 'fastboot_microvm' not in centre.glance.show(plain)
+    # No name of this machine is in what hosts get.
+    assert centre.bakes() == [f'{16 << 20} {16 << 20} image raw']
+    assert centre.records.build(image_id).updated == found.updated
+    assert 'fetching' not in centre.log().partition('bake posted')[2]
+
+
+@pytest.mark.parametrize('state', ['refused', 'failed'])
+def test_an_image_that_is_not_baked(centre, tmp_path, state):
+    """It is ready all the same, and not tried again but by request."""
+    centre.plan(state=state, reason='because')
+    one = centre.start('one', plan='plan', builder={
+        'audit_interval': 1, 'attempts': 2})
+    image_id = tiny(centre, tmp_path, fastboot='microvm')
+    centre.wait_state(image_id, 'ready', 'error')
+    found = centre.microvm(image_id, state)
+    assert 'because' in found.reason
+    centre.wait_idle()
+    tries = 1 if state == 'refused' else 2
+    audits = centre.log('one').count('audit: ')
+    brokers.wait_for(lambda: centre.log('one').count('audit: ')
+                     > audits + 2, 'three audits')
+    assert len(centre.bakes()) == tries
+    shown = centre.glance.show(image_id)
+    assert (shown['fastboot_state'], shown['fastboot_microvm']) == (
+        'ready', 'error')
+    assert 'because' in shown['fastboot_microvm_error']
+    assert centre.records.build(image_id).state == 'ready'
+    # Another option, and it may be otherwise.
+    one.stop()
+    centre.plan()
+    centre.start('two', plan='plan', bakery={'timeout': 601})
+    assert centre.microvm(image_id, 'ready').reason == ''
+    brokers.wait_for(lambda: 'fastboot_microvm_error' not in
+                     centre.glance.show(image_id), 'told')
+    assert len(centre.bakes()) == tries + 1
+
+
+def test_a_refresh_tries_again(centre, tmp_path):
+    centre.plan(state='refused', reason='because')
+    centre.start(plan='plan')
+    image_id = tiny(centre, tmp_path, fastboot='microvm')
+    centre.microvm(image_id, 'refused')
+    centre.wait_idle()
+    centre.plan()
+    assert centre.board.post(image_id, 'test', force=True)
+    centre.microvm(image_id, 'ready')
+    assert len(centre.bakes()) == 2
+
+
+@pytest.mark.parametrize('stage', ['baking: boot', 'publishing'])
+def test_killed_while_it_bakes(centre, tmp_path, stage):
+    centre.plan(seconds=600 if stage == 'baking: boot' else 0)
+    first = centre.start('first', plan='plan')
+    gate = None
+    if stage == 'publishing':
+        # What is baked is there, and cannot be published.
+        gate = centre.path / 'repository' / 'microvms'
+        gate.write_bytes(b'')
+    image_id = tiny(centre, tmp_path, fastboot='microvm')
+    centre.wait_state(image_id, 'ready')
+    if gate:
+        baked = centre.path / 'work' / 'staging' / image_id / 'microvm'
+        brokers.wait_for(lambda: 'microvms' in centre.log('first'), 'stuck')
+        kill(centre, first)
+        gate.unlink()
+        assert not baked.exists()
+    else:
+        brokers.wait_for(centre.bakes, 'a bake')
+        kill(centre, first)
+    assert not centre.microvms
+    assert centre.records.build(image_id).state == 'ready'
+    centre.plan()
+    centre.start('second', plan='plan')
+    centre.microvm(image_id, 'ready')
+    centre.wait_idle()
+    assert len(centre.microvms) == 1
+    # From the file that the first had.
+    assert 'goes on at byte' not in centre.log('second')
+
+
+def test_stopped_while_it_bakes(centre, tmp_path):
+    centre.plan(seconds=600)
+    first = centre.start('first', plan='plan')
+    image_id = tiny(centre, tmp_path, fastboot='microvm')
+    brokers.wait_for(centre.bakes, 'a bake')
+    first.stop(group=False)
+    assert first.process.returncode == 0
+    assert centre.records.microvms(image_id)[0].state == 'none'
+    centre.plan()
+    centre.start('second', plan='plan')
+    centre.microvm(image_id, 'ready')
+
+
+@pytest.mark.parametrize('how', ['deleted', 'unwanted'])
+def test_not_wanted_any_more_while_it_bakes(centre, tmp_path, how):
+    centre.plan(seconds=600)
+    centre.start(plan='plan')
+    image_id = tiny(centre, tmp_path, fastboot='microvm')
+    brokers.wait_for(centre.bakes, 'a bake')
+    if how == 'deleted':
+        centre.glance.delete(image_id)
+    else:
+        centre.glance.patch(image_id, {
+            'op': 'replace', 'path': '/fastboot', 'value': 'cache'})
+    centre.wait_idle()
+    assert not centre.microvms
+    assert not centre.records.microvms(image_id)
+    assert (image_id in centre.state.images) == (how == 'unwanted')
+
+
+def test_builds_do_not_wait_for_bakes(centre, tmp_path):
+    centre.plan(seconds=600)
+    centre.start(plan='plan')
+    tiny(centre, tmp_path, fastboot='microvm')
+    brokers.wait_for(centre.bakes, 'a bake')
+    centre.wait_state(tiny(centre, tmp_path), 'ready')
+
+
+def test_microvms_go_with_their_images(centre, tmp_path):
+    centre.plan()
+    centre.start(plan='plan', builder={'audit_interval': 1})
+    deleted, unwanted, moved = (
+        tiny(centre, tmp_path, fastboot='microvm') for _ in range(3))
+    for image_id in (deleted, unwanted, moved):
+        centre.microvm(image_id, 'ready')
+    centre.glance.delete(deleted)
+    centre.glance.patch(unwanted, {
+        'op': 'replace', 'path': '/fastboot', 'value': 'cache'})
+    brokers.wait_for(lambda: [image_id for image_id, _ in centre.microvms]
+                     == [moved], 'removed')
+    brokers.wait_for(lambda: 'fastboot_microvm' not in
+                     centre.glance.show(unwanted), 'told')
+    assert unwanted in centre.state.images
+    centre.glance.patch(moved, {
+        'op': 'replace', 'path': '/visibility', 'value': 'private'})
+    found = microvms_repository(centre)
+    brokers.wait_for(lambda: {one.visibility for one in
+                              found.state().images.values()} == {'private'},
+                     'moved')
+    assert len(centre.bakes()) == 3
+
+
+def microvms_repository(centre):
+    return base.Environment(centre.conf()).open_microvms()
+
+
+def test_each_builder_bakes_for_its_own_platform(centre, tmp_path):
+    """And only if hosts have it."""
+    texts = {}
+    for name, qemu in (('old', QEMU), ('new', '10.0.2 (Debian)')):
+        centre.plan(name, qemu=qemu)
+        texts[name] = f'x86_64/qemu/2/{activation.RECIPE}/{qemu}'
+    report = {'host': 'h1', 'version': 0, 'at': 1.0, 'software': 'test',
+              'images': [], 'volume_bytes': 1, 'mirror_bytes': 2,
+              'free_bytes': 3, 'microvms': []}
+    centre.records.note_host(reports.check(
+        report | {'platforms': [texts['new']]}))
+    centre.start('old', plan='old', builder={'audit_interval': 1})
+    image_id = tiny(centre, tmp_path, fastboot='microvm')
+    centre.wait_state(image_id, 'ready')
+    centre.wait_idle()
+    assert not centre.bakes('old')
+    assert centre.glance.show(image_id)['fastboot_microvm'] == 'none'
+    centre.start('new', plan='new', builder={'audit_interval': 1})
+    assert centre.microvm(image_id, 'ready').platform == texts['new']
+    assert not centre.bakes('old')
+    centre.records.note_host(reports.check(
+        report | {'platforms': list(texts.values()), 'at': 2.0}))
+    brokers.wait_for(lambda: len(centre.microvms) == 2, 'both')
+    centre.wait_idle()
+    assert (len(centre.bakes('old')), len(centre.bakes('new'))) == (1, 1)
 
 
 class Agent:

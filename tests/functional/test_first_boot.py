@@ -43,7 +43,8 @@ class Centre:
         self.repository = world.repository
         self.refresher = observations.Refresher(
             self.records, registry.Registry(
-                self.repository, self.records, mock.Mock(), mock.Mock()),
+                self.repository, self.records, mock.Mock(), mock.Mock(),
+                mock.Mock()),
             'always', 2)
 
     def look(self):

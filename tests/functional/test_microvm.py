@@ -499,7 +499,7 @@ def test_an_image_without_cloud_init(house):
     with source.open_source(image, house) as raw:
         done = bakery.bake(raw.raw_path, raw.virtual_size,
                            house / 'minimal', house, options(timeout=60))
-    assert done.state == 'failed'
+    assert done.state == 'refused'
     assert 'cloud-init' in done.reason
     assert not list((house / 'minimal').iterdir())
 

@@ -175,6 +175,10 @@ class Kept:
         blob = records._encode(report['images'])
         assert list(records._decode(blob)) == sorted(
             one['id'] for one in report['images'])
+        found = records._decode_microvms(
+            records._encode_microvms(report['microvms']))
+        assert [one.group for one in found or ()] == [
+            one['class'] for one in report['microvms'] or ()]
         report['host'].encode() + report['software'].encode()
 
 

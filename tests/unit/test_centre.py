@@ -17,7 +17,13 @@ GOOD = {
                 'error': '', 'serial': 3}],
     'volume_bytes': 1, 'mirror_bytes': 2, 'free_bytes': 3,
     'lazy_guests': ['11111111-2222-3333-4444-555555555555'],
+    'platforms': ['x86_64/qemu/2/3/7.2.22 (Debian 1:7.2+dfsg-7+deb12u18)'],
+    'microvms': [{'image': 'a', 'class': 'ab' * 32, 'state': 'ready',
+                  'bytes': 5, 'lanes': 2, 'resumed': 7, 'fallbacks': 1,
+                  'reason': ''}],
 }
+#: What older agents do not say.
+NEWER = ('lazy_guests', 'platforms', 'microvms')
 
 
 def change(**members):
@@ -28,18 +34,30 @@ def image(**members):
     return change(images=[GOOD['images'][0] | members])
 
 
+def microvm(**members):
+    return change(microvms=[GOOD['microvms'][0] | members])
+
+
 def test_good_report_is_kept_as_it_is():
     assert reports.check(GOOD) == GOOD
 
 
-def test_older_agents_say_nothing_of_guests():
-    old = {key: value for key, value in GOOD.items() if key != 'lazy_guests'}
-    assert reports.check(old) == change(lazy_guests=None)
+@pytest.mark.parametrize('name', NEWER)
+def test_older_agents_say_less(name):
+    old = {key: value for key, value in GOOD.items() if key != name}
+    assert reports.check(old) == change(**{name: None})
+
+
+def test_a_reason_need_not_be():
+    assert reports.check(microvm(reason=None)) == GOOD
+    assert len(reports.check(microvm(reason='x' * 9000))[
+        'microvms'][0]['reason']) == 500
 
 
 def test_members_of_newer_agents_are_dropped():
     assert reports.check(change(news=1)) == GOOD
     assert reports.check(image(news=1)) == GOOD
+    assert reports.check(microvm(news=1)) == GOOD
 
 
 def test_what_an_image_need_not_have():
@@ -61,6 +79,21 @@ def test_what_an_image_need_not_have():
     change(images=[{}] * 20_001), change(volume_bytes=1 << 63),
     change(lazy_guests='x'), change(lazy_guests=[1]),
     change(lazy_guests=['a']), change(lazy_guests=GOOD['lazy_guests'] * 1001),
+    change(platforms='x'), change(platforms=['x']), change(platforms=[1]),
+    change(platforms=GOOD['platforms'] * 17),
+    change(platforms=['x86_64/qemu/0/3/7.2']),
+    change(platforms=['x86_64/qemu/2/3/7.2\n']),
+    change(platforms=['x86_64/qemu/2/3/' + '7' * 300]),
+    change(microvms={}), change(microvms=[None]), change(microvms=['a']),
+    change(microvms=GOOD['microvms'] * 2), change(microvms=[{}] * 20_001),
+    microvm(image='../x'), microvm(image=1), microvm(**{'class': 'x'}),
+    microvm(**{'class': 'AB' * 32}), microvm(**{'class': None}),
+    microvm(**{'class': 'ab' * 32 + '\n'}), microvm(state='flying'),
+    microvm(state=['ready']), microvm(bytes=-1), microvm(bytes=1 << 63),
+    microvm(lanes=True), microvm(resumed='1'), microvm(fallbacks=1.0),
+    microvm(reason=5),
+    change(microvms=[{key: value for key, value in
+                      GOOD['microvms'][0].items() if key != 'lanes'}]),
     change(free_bytes=-1), change(images=GOOD['images'] * 2),
     image(id='../x'), image(id=1), image(id=['a']), image(state='flying'),
     image(state=None), image(state=['ready']), image(progress=1.1),
@@ -72,7 +105,7 @@ def test_reports_without_sense(report):
     assert len(str(caught.value)) < 500
 
 
-@pytest.mark.parametrize('name', sorted(GOOD.keys() - {'lazy_guests'}))
+@pytest.mark.parametrize('name', sorted(GOOD.keys() - set(NEWER)))
 def test_missing_members(name):
     with pytest.raises(exception.Invalid, match=name):
         reports.check({
@@ -97,6 +130,18 @@ images = st.lists(st.fixed_dictionaries({
     'serial': st.integers() | values}), max_size=3)
 
 
+microvms = st.lists(st.fixed_dictionaries({
+    'image': st.sampled_from(['a', 'b']) | values,
+    'class': st.sampled_from(['ab' * 32, 'cd' * 32]) | values,
+    'state': st.sampled_from(reports.MICROVM_STATES) | values,
+    'bytes': st.integers(0) | values, 'lanes': st.integers(0) | values,
+    'resumed': st.integers(0) | values,
+    'fallbacks': st.integers(0) | values,
+}, optional={'reason': values}), max_size=3)
+platforms = st.lists(st.sampled_from(GOOD['platforms']) | st.from_regex(
+    r'\A\w+/\w+/[0-9]+/[0-9]+/[ -~]*\Z', fullmatch=True) | values, max_size=3)
+
+
 @given(report=values | st.fixed_dictionaries({
     'host': st.sampled_from(['h1', 'h2']) | values,
     'version': st.integers(0, 5) | values, 'at': st.floats(0, 1e9) | values,
@@ -104,6 +149,7 @@ images = st.lists(st.fixed_dictionaries({
     'volume_bytes': st.integers(0) | values,
     'mirror_bytes': st.integers(0) | values,
     'lazy_guests': st.lists(st.uuids().map(str)) | values,
+    'platforms': platforms | values, 'microvms': microvms | values,
     'free_bytes': st.integers(0) | values}))
 def test_any_report_is_refused_or_can_be_kept(store, report):
     try:
@@ -117,6 +163,10 @@ def test_any_report_is_refused_or_can_be_kept(store, report):
         found = store.host(checked['host'])
         assert set(found.images) <= {'a', 'b', 'c'} | {
             one['id'] for one in checked['images']}
+        assert found.platforms == checked['platforms']
+        assert store.platforms() == set(checked['platforms'] or ())
+        assert [one.image_id for one in found.microvms or ()] == [
+            one['image'] for one in checked['microvms'] or ()]
         store.forget_host(checked['host'])
 
 

@@ -153,7 +153,7 @@ class Place:
         self.store.create()
         self.glance, self.herald = mock.Mock(), mock.Mock()
         self.registry = registry.Registry(
-            self.repository, self.store, self.glance, self.herald)
+            self.repository, self.store, self.glance, self.herald, None)
         self.seen = []
 
     def publish(self, boot=(), **capture):

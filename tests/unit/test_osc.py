@@ -78,7 +78,8 @@ def test_image_list(centre, run):
     one, two = run(image.List)
     assert one == {
         'ID': ONE, 'Name': f'name of {ONE}', 'State': 'ready', 'Version': 1,
-        'Boot Set': None, 'Hosts Ready': {'ready': 2}, 'Error': ''}
+        'Boot Set': None, 'Hosts Ready': {'ready': 2}, 'µVM': '',
+        'Error': ''}
     assert two['Hosts Ready'] == {'transferring': 1, 'absent': 1}
     words = run(image.List, output='table')
     assert '2/2' in words
@@ -126,7 +127,8 @@ def test_image_show_by_name_and_id(centre, run):
 
 def test_image_show_says_what_was_observed(centre, run):
     made = {'times': 1, 'bytes': 12288, 'hosts': 1}
-    register = registry.Registry(centre.repo, centre.records, None, None)
+    register = registry.Registry(
+        centre.repo, centre.records, None, None, None)
     register.rewrite(ONE, lambda old: dataclasses.replace(
         old, capture=old.capture | {'state': 'observed', 'observed': made}))
     assert run(image.Show, ONE)['capture'] == {

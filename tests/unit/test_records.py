@@ -142,6 +142,43 @@ def test_guests_that_need_the_export(store):
         assert store.hosts() == [store.host('h1')]
 
 
+def test_microvms_of_a_host(store):
+    text = 'x86_64/qemu/2/3/7.2'
+    row = {'image': 'a', 'class': 'ab' * 32, 'state': 'ready', 'bytes': 5,
+           'lanes': 2, 'resumed': 7, 'fallbacks': 1, 'reason': None}
+    for said, kept in ((None, None), ([], []), ([row], [
+            records.HostMicrovm('a', 'ab' * 32, 'ready', 5, 2, 7, 1, '')])):
+        store.note_host(report(platforms=said and [text], microvms=said))
+        assert store.host('h1').microvms == kept
+        assert store.hosts() == [store.host('h1')]
+    store.note_host(report('h2', platforms=[text, text + '1']))
+    store.note_host(report('h3'))
+    assert store.platforms() == {text, text + '1'}
+
+
+def test_microvms(store):
+    store.note_microvm('a', 'p1', state='baking', stage='boot', progress=.5)
+    store.note_microvm('a', 'p2', state='refused', reason='x' * 5000,
+                       basis='b')
+    store.note_microvm('A', 'p1', state='none')
+    store.note_microvm('a', 'p1', state='ready', group='ab', size=5,
+                       seconds=1.5, baked_at=7.0)
+    one, two = store.microvms('a')
+    assert (one.state, one.stage, one.progress, one.group, one.bytes,
+            one.seconds, one.baked_at) == ('ready', '', 0, 'ab', 5, 1.5, 7)
+    assert (two.platform, two.state, two.basis, len(two.reason)) == (
+        'p2', 'refused', 'b', 1000)
+    assert len(store.microvms()) == 3
+    store.note_microvm('a', 'p1', state='baking')
+    assert store.microvms('a')[0].bytes == 5
+    store.forget_microvms('a', ('refused', 'failed'))
+    assert [one.platform for one in store.microvms('a')] == ['p1']
+    store.forget_build('a')
+    assert [one.image_id for one in store.microvms()] == ['A']
+    with pytest.raises(exception.Invalid, match='flying'):
+        store.note_microvm('a', 'p1', state='flying')
+
+
 def test_a_host_of_the_version_before(url):
     with records.Records(url)._engine.begin() as connection:
         command.upgrade(tables._config(connection), 'r001')
@@ -152,7 +189,10 @@ def test_a_host_of_the_version_before(url):
             {'images': records._encode([])})
     store = records.Records(url)
     store.create()
-    assert store.host('h1').lazy_guests is None
+    found = store.host('h1')
+    assert (found.lazy_guests, found.platforms, found.microvms) == (
+        None, None, None)
+    assert store.platforms() == set()
 
 
 def test_hosts_are_told_apart_by_case(store):
