@@ -67,20 +67,29 @@ class Bench:
     def boots(self, kind: str) -> list[Boot]:
         """Servers on the host, each kind measured once a run of the suite.
 
-        :param kind: ``stock cold``, ``stock warm``, ``cold`` or ``warm``.
+        :param kind: ``stock cold``, ``stock warm``, ``cold``, ``warm`` or
+            ``resumed``.
         """
         if kind not in self._boots:
             self._boots[kind] = [self._boot(kind, number == 0)
                                  for number in range(self.runs)]
         return self._boots[kind]
 
+    def image_of(self, kind: str) -> str:
+        """The test image as servers of a kind have it."""
+        if kind.startswith('stock'):
+            return self.image('bench-stock', fastboot='off')
+        if kind == 'resumed':
+            return self.image('bench-microvm', fastboot='microvm')
+        return self.image('bench')
+
     def _boot(self, kind: str, first: bool) -> Boot:
-        stock = kind.startswith('stock')
-        image = self.image('bench-stock', fastboot='off') if stock \
-            else self.image('bench')
-        if not stock:
+        image = self.image_of(kind)
+        if not kind.startswith('stock'):
             self.user.wait_built(image)
             self.user.wait_on_hosts(image)
+        if kind == 'resumed':
+            self.wait_lane(image)
         if kind == 'cold':
             self.make_cold(image)
         elif kind == 'stock cold':
@@ -95,6 +104,22 @@ class Bench:
                                prompt='login:' if prompt else '')
         self.user.delete(found.server)
         return found
+
+    def wait_lane(self, image: str) -> None:
+        """Wait until the host can resume a server of an image at once."""
+
+        def ready() -> bool:
+            rows = self.user.ask_agent(HOST, 'GET', '/v1/microvms')
+            return any(row['image'] == image and row['lanes']
+                       for row in rows.get('microvms', ()))
+
+        self.user.wait(ready, 900, f'a lane of {image} on {HOST}')
+
+    def resumes(self, image: str) -> int:
+        """Servers of an image that the host has resumed so far."""
+        rows = self.user.ask_agent(HOST, 'GET', '/v1/microvms')['microvms']
+        return sum(int(row['resumed']) for row in rows
+                   if row['image'] == image)
 
     def make_cold(self, image: str) -> None:
         """Make the host one that never held the image: no base, no slot."""
@@ -137,7 +162,8 @@ def run(table: result.Table, path: pathlib.Path, runs: int,
     """Measure everything, or what has the word `only` in its name."""
     bench = Bench(table, path, runs)
     bench.user.sandbox('link-rate', RATE)
-    for measure in (build, cold, warm, misses, plugin, crowd, lost):
+    for measure in (build, cold, warm, resumed, misses, plugin, crowd,
+                    lost):
         if only is None or measure.__name__ in only.split(','):
             measure(bench)
 
@@ -198,6 +224,21 @@ def warm(bench: Bench) -> None:
     add('the same, stock', _active(stock), 's', runs=runs)
     add('added to spawn on a hit', _median(
         [_hit(boot)[0] for boot in ours]), 'ms', 50, runs=runs)
+
+
+def resumed(bench: Bench) -> None:
+    """A warm host that has a lane of the image's µVM."""
+    image = bench.image_of('resumed')
+    bench.user.wait_built(image)
+    bench.wait_lane(image)
+    before = bench.resumes(image)
+    ours, warm = bench.boots('resumed'), bench.boots('warm')
+    add, runs = bench.table.add, bench.runs
+    add('ACTIVE of a resumed server', _active(ours), 's', runs=runs)
+    add('ACTIVE, resumed - booted on a warm host',
+        _active(ours) - _active(warm), 's', 1.5, runs=runs)
+    add('servers of them that were booted instead',
+        runs - (bench.resumes(image) - before), 'servers', 0, runs=runs)
 
 
 def _hit(boot: Boot) -> tuple[float, float]:
