@@ -25,32 +25,19 @@ from fastboot_common import configdrive, qemu
 from fastboot_common.microvm import activation
 from fastboot_nova.microvm import connection, definition, disk, lane, resume
 
-#: A short name: libvirt makes those of its sockets below, of which none may
-#: have more than 107 characters.
+#: Of libvirt; the same in all runs.
 ROOT: Final = pathlib.Path('/run/fastboot-bench')
 DISK_SIZE: Final = 10 << 30
 #: Seconds that anything may take: guests are emulated, and there may be
 #: many of them.
 PATIENCE: Final = 600
-_CONFIG: Final = """\
-stdio_handler = "file"
-cgroup_controllers = []
-namespaces = []
-security_driver = "none"
-remember_owner = 0
-user = "root"
-group = "root"
-"""
 _TICK: Final = 0.02
 
 
 @contextlib.contextmanager
 def hypervisor() -> Iterator[Any]:
     """A connection to a libvirt that has no guests, and has none left."""
-    etc = ROOT / 'etc'
-    etc.mkdir(parents=True, exist_ok=True)
-    (etc / 'qemu.conf').write_text(_CONFIG)
-    with connection.opened(f'qemu:///embed?root={ROOT}') as found:
+    with connection.opened(connection.embedded(ROOT)) as found:
         clear(found)
         # It asks QEMU what it can do, which takes seconds, only once.
         found.getCapabilities()
