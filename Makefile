@@ -28,6 +28,7 @@ help:
 	@echo 'make fuzz             give all parsers of outside bytes any bytes'
 	@echo '                      [FUZZ_SECONDS=600] [TARGETS="pack manifest"]'
 	@echo 'make bench            benchmarks; results in bench/results'
+	@echo '                      [SUITE=microvm] [RUNS=7]'
 	@echo 'make docs             documentation in doc/build/html'
 	@echo 'make clean            remove what all that left in .state'
 
@@ -48,7 +49,7 @@ demo:
 		--guests $(STATE)/demo
 
 demo-standalone:
-	@tools/prepare test
+	@tools/prepare test microvm
 	.venv/bin/python tools/demo-standalone --state-dir $(STATE)/demo
 
 lint:
@@ -97,17 +98,19 @@ fuzz:
 	/usr/bin/python3 tests/fuzz/run.py --state-dir $(STATE) \
 		--seconds $(FUZZ_SECONDS) $(TARGETS)
 
+BENCH_RUNS = $(if $(RUNS),--runs $(RUNS))
+
 ifneq (,$(filter openstack operations,$(SUITE)))
 bench:
 	@tools/prepare test bench sandbox
 	@$(SANDBOX) up --link-rate 1gbit
 	FASTBOOT_SANDBOX=$(STATE)/sandbox $(CLOUD_PYTHON) -m bench \
-		--state-dir $(STATE)/bench --suite $(SUITE)
+		--state-dir $(STATE)/bench --suite $(SUITE) $(BENCH_RUNS)
 else
 bench:
-	@tools/prepare test bench
-	.venv/bin/python -m bench --state-dir $(STATE)/bench \
-		$(if $(SUITE),--suite $(SUITE))
+	@tools/prepare test bench $(filter microvm,$(SUITE))
+	LIBVIRT_DEBUG=4 .venv/bin/python -m bench --state-dir $(STATE)/bench \
+		$(if $(SUITE),--suite $(SUITE)) $(BENCH_RUNS)
 endif
 
 docs:

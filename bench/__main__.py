@@ -8,7 +8,8 @@ import sys
 
 from bench import result
 
-SUITES = ('core', 'block-size', 'openstack', 'operations', 'hydration')
+SUITES = ('core', 'block-size', 'openstack', 'operations', 'hydration',
+          'microvm')
 
 
 def main() -> int:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -90,13 +90,14 @@ class Lab:
                     out.write(raw.read(end - start))
         return file
 
-    def open_repository(self) -> repository.Repository:
-        """A repository in which all images are registered."""
-        store = LocalStore(self._directory('repository'))
+    def open_repository(self, names: Sequence[str] = NAMES,
+                        ) -> repository.Repository:
+        """A repository in which these images are registered."""
+        store = LocalStore(self.directory('repository'))
         with contextlib.suppress(exception.Exists):
             repository.init(store, self.conf.repository.block_size)
         found = repository.Repository(store)
-        for name in NAMES:
+        for name in names:
             if name not in found.state().images:
                 self._register(found, name)
         return found
@@ -109,11 +110,12 @@ class Lab:
                                 lambda *_: None)
         build.build(
             build.Request(self.image(name), name, name),
-            publish.Publisher(target, self._directory('cache')),
-            target.block_size, self._directory('work', 0o711),
+            publish.Publisher(target, self.directory('cache')),
+            target.block_size, self.directory('work', 0o711),
             self.conf.capture, silent)
 
-    def _directory(self, name: str, mode: int = 0o750) -> pathlib.Path:
+    def directory(self, name: str, mode: int = 0o750) -> pathlib.Path:
+        """A directory of the lab, made if there is none."""
         path = self.path / name
         path.mkdir(parents=True, exist_ok=True, mode=mode)
         return path
@@ -121,7 +123,7 @@ class Lab:
     @contextlib.contextmanager
     def open_host(self, name: str = 'host') -> Iterator[host.Host]:
         """A host that follows the repository, with its export running."""
-        run = self._directory('run')
+        run = self.directory('run')
         with host.Host(self.path / name, self.open_repository().store,
                        socket=run / 'nbd.sock') as found:
             with node.Node(found, run, socket=run / 'nbd.sock', wait=25,
@@ -130,7 +132,7 @@ class Lab:
 
     def disk(self, opened: host.Host, name: str) -> list[str]:
         """qemu-io's arguments for a fresh overlay on the image's slot."""
-        room = self._directory('disks')
+        room = self.directory('disks')
         link = opened.acquire(name, 'bench')
         stub, disk = room / f'{name}.stub', room / f'{name}.ours'
         chain.make_stub(stub, link)
@@ -139,7 +141,7 @@ class Lab:
 
     def stock(self, name: str) -> list[str]:
         """qemu-io's arguments for a fresh overlay on a local qcow2 base."""
-        disk = self._directory('disks') / f'{name}.stock'
+        disk = self.directory('disks') / f'{name}.stock'
         base = self.image(name)
         size = qemu.info(str(base), 'qcow2')['virtual-size']
         qemu.create_overlay(disk, str(base), 'qcow2', size)

@@ -13,6 +13,7 @@ import dataclasses
 import datetime
 import hashlib
 import importlib.resources
+import itertools
 import json
 import math
 import pathlib
@@ -401,11 +402,12 @@ def _map(one: _Drawn, located: blocks.Blocks, boot: blocks.Blocks,
 
 
 def read_boots(path: pathlib.Path) -> list[dict[str, Any]]:
-    """Measured boots, as ``make demo`` writes them.
+    """Measured boots, as demos, benchmarks and commands write them.
 
     A JSON list of objects with ``label``, ``phases`` (a list of ``name`` and
     ``seconds``), and if known ``bytes_over_link``, ``missed_reads`` and
-    ``disk_used`` (bytes).
+    ``disk_used`` (bytes); or what ``vm run -f json`` or ``microvm resume -f
+    json`` prints.
 
     :raises NotFound: there is no such file.
     :raises Invalid: it is something else.
@@ -419,10 +421,26 @@ def read_boots(path: pathlib.Path) -> list[dict[str, Any]]:
             **{name: None if boot.get(name) is None
                else _number(boot[name])
                for name in ('bytes_over_link', 'missed_reads', 'disk_used')},
-        } for boot in _load(path)]
+        } for boot in _boots(_load(path))]
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise exception.Invalid(
             f'{path}: no list of measured boots: {error!r}') from error
+
+
+def _boots(document: Any) -> list[dict[str, Any]]:
+    """The list, also of the one guest that a command started."""
+    if not isinstance(document, dict):
+        return _list(document)
+    if 'prompt_seconds' in document:
+        return [{'label': f'boot of {document["image"]}', 'phases': [
+            {'name': 'acquire', 'seconds': document['acquire_seconds']},
+            {'name': 'prompt', 'seconds': document['prompt_seconds']}]}]
+    # Those are since the call, at the end of each phase.
+    ends = {'begin': 0, **document['seconds']}
+    ends.pop('end', None)
+    return [{'label': f'resume of {document["name"]}', 'phases': [
+        {'name': name, 'seconds': _number(ends[name]) - _number(ends[before])}
+        for before, name in itertools.pairwise(ends)]}]
 
 
 def read_bench(directory: pathlib.Path) -> list[dict[str, Any]]:

@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``fastbootctl report``."""
+"""``fastbootctl report`` and ``report timeline``."""
 
 import argparse
 import pathlib
+from typing import Any
 
-from fastboot_common import files, report
+from cliff import columns
+
+from fastboot_common import files, report, timeline
 from fastboot_common.cli import base
 
 
@@ -39,3 +42,34 @@ class Report(base.Command):
         path = parsed_args.output.absolute()
         files.write_atomically(path, report.render(data).encode())
         self.app.stdout.write(f'{path}\n')
+
+
+class Timeline(base.Lister):
+    """Show measured boots and resumes side by side: seconds until each
+    phase was over.
+    """
+
+    def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
+        """Its arguments."""
+        parser: argparse.ArgumentParser = super().get_parser(prog_name)
+        parser.add_argument(
+            'boots', type=pathlib.Path, nargs='+', metavar='FILE',
+            help='JSON of a demo, a benchmark, "vm run -f json" or "microvm '
+                 'resume -f json"')
+        return parser
+
+    def take_action(self, parsed_args: argparse.Namespace) -> Any:
+        """Read them all and print a column for each."""
+        boots = [boot for path in parsed_args.boots
+                 for boot in report.read_boots(path)]
+        return ('Until', *timeline.labels(boots)), [
+            (name, *map(_Seconds, values))
+            for name, values in timeline.rows(boots)]
+
+
+class _Seconds(columns.FormattableColumn):
+    """Seconds, or nothing."""
+
+    def human_readable(self) -> str:
+        """For tables."""
+        return '' if self._value is None else f'{self._value:.2f}'

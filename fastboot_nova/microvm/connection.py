@@ -6,13 +6,26 @@ Services have theirs: Nova's, and the agent's.
 
 import contextlib
 import functools
+import pathlib
 import threading
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Final
 
 import libvirt
 
 from fastboot_common import exception
+
+#: Guests have the rights of who starts them. Without name spaces, for libvirt
+#: moves all that is mounted below /dev into those that it makes.
+_EMBEDDED: Final = """\
+stdio_handler = "file"
+cgroup_controllers = []
+namespaces = []
+security_driver = "none"
+remember_owner = 0
+user = "root"
+group = "root"
+"""
 
 
 @functools.cache
@@ -47,3 +60,17 @@ def opened(uri: str) -> Iterator[Any]:
     finally:
         with contextlib.suppress(libvirt.libvirtError):
             found.close()
+
+
+def embedded(root: pathlib.Path) -> str:
+    """The URI of a libvirt in this process, to try one's own guests with.
+
+    They outlive the process: the next that opens it has them.
+
+    :param root: its directory. A short name: libvirt makes those of its
+        sockets below, of which none may have more than 107 characters.
+    """
+    etc = root / 'etc'
+    etc.mkdir(parents=True, exist_ok=True)
+    (etc / 'qemu.conf').write_text(_EMBEDDED)
+    return f'qemu:///embed?root={root}'

@@ -42,15 +42,6 @@ from fastboot_nova.microvm import (  # noqa: E402
 TOOL = pathlib.Path(__file__).parents[2] / 'tools' / 'guest-image'
 GIB = 1 << 30
 MAC = 'fa:16:3e:11:22:33'
-_CONFIG = '''
-stdio_handler = "file"
-cgroup_controllers = []
-namespaces = []
-security_driver = "none"
-remember_owner = 0
-user = "root"
-group = "root"
-'''
 #: Of guests without KVM, while other tests run as well.
 PATIENCE = 300
 
@@ -113,17 +104,9 @@ def baked(house):
     return house / 'microvm'
 
 
-def embedded(root):
-    """Another libvirt of the embedded kind; its domains outlive programs."""
-    etc = root / 'etc'
-    etc.mkdir(parents=True)
-    (etc / 'qemu.conf').write_text(_CONFIG)
-    return f'qemu:///embed?root={root}'
-
-
 @pytest.fixture(scope='module')
 def hypervisor(house):
-    with connection.opened(embedded(house / 'root')) as found:
+    with connection.opened(connection.embedded(house / 'root')) as found:
         yield found
 
 
@@ -416,7 +399,7 @@ def test_the_command(baked, house):
     """It leaves a running server, whose QEMU we end by its number."""
     done = ctl(house, 'microvm', 'resume', baked, '--name', 'cmd',
                '--memory', 640, '--deadline', PATIENCE,
-               '--uri', embedded(house / 'r2'))
+               '--uri', connection.embedded(house / 'r2'))
     number = int((house / 'r2' / 'run' / 'qemu' / 'cmd.pid').read_text())
     try:
         assert list(done['seconds'])[:4] == [
