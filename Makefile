@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # "make demo" and "make test" need nothing but a fresh Debian 12.
 .PHONY: help prepare sandbox sandbox-down demo demo-standalone test test-all \
-	test-cloud tempest faults fuzz lint docs bench clean
+	test-cloud tempest faults resumes fuzz lint docs bench clean
 
 STATE ?= $(CURDIR)/.state
 SANDBOX = tools/sandbox --state-dir $(STATE)/sandbox
@@ -25,6 +25,8 @@ help:
 	@echo 'make tempest          Tempest, with Nova'\''s driver and with ours'
 	@echo 'make faults           break everything around guests that prove'
 	@echo '                      their disks [FAULTS=500] [SEED=1]'
+	@echo 'make resumes          resume servers while what it takes breaks'
+	@echo '                      [RESUMES=200] [SEED=1]'
 	@echo 'make fuzz             give all parsers of outside bytes any bytes'
 	@echo '                      [FUZZ_SECONDS=600] [TARGETS="pack manifest"]'
 	@echo 'make bench            benchmarks; results in bench/results'
@@ -89,6 +91,15 @@ faults:
 	@$(SANDBOX) up
 	$(CLOUD_PYTHON) tests/faults/harness.py --state-dir $(STATE)/sandbox \
 		--faults $(FAULTS) --seed $(SEED)
+	@$(SANDBOX) down
+
+RESUMES ?= 200
+
+resumes:
+	@tools/prepare test sandbox
+	@$(SANDBOX) up
+	$(CLOUD_PYTHON) tests/faults/resumes.py --state-dir $(STATE)/sandbox \
+		--resumes $(RESUMES) --seed $(SEED)
 	@$(SANDBOX) down
 
 FUZZ_SECONDS ?= 600

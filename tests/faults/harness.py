@@ -92,12 +92,12 @@ class Lab:
         """A guest; it begins to look at all of its disk."""
         # Nova itself starts nothing on a host that it has not heard of for a
         # minute; after a jump of the clock that is so until the next word.
-        self.user.wait(lambda: self._is_up(host), RECOVERY,
+        self.user.wait(lambda: self.is_up(host), RECOVERY,
                        f'nova-compute on {host} to be heard')
         boot = self.user.boot('fault', image, host, flavor=FLAVOR, prompt='')
         return Guest(boot, self.images[image])
 
-    def _is_up(self, host: str) -> bool:
+    def is_up(self, host: str) -> bool:
         return any(one.state == 'up' for one in
                    self.user.cloud.compute.services(
                        binary='nova-compute', host=host))
@@ -254,7 +254,7 @@ class Fault:
     inject: Callable[[Lab], contextlib.AbstractContextManager[None]]
 
 
-def _service(name: str, kill: bool) -> Fault:
+def service(name: str, kill: bool) -> Fault:
     def inject(lab: Lab) -> contextlib.AbstractContextManager[None]:
         service = name.replace('@', '@' + lab.rng.choice(lab.hosts))
         return lab.stopped(service, kill)
@@ -262,7 +262,7 @@ def _service(name: str, kill: bool) -> Fault:
                  inject)
 
 
-def _hang(name: str) -> Fault:
+def hang(name: str) -> Fault:
     def inject(lab: Lab) -> contextlib.AbstractContextManager[None]:
         service = name.replace('@', '@' + lab.rng.choice(lab.hosts))
         return lab.frozen(lab.user.pids(service))
@@ -357,12 +357,12 @@ def _come_and_go(lab: Lab) -> Iterator[None]:
 
 
 FAULTS = [
-    *(_service(name, kill)
+    *(service(name, kill)
       for name in ('fastboot-agent@', 'fastboot-builder', 'redis',
                    'rabbitmq', 'glance', 'repository', 'libvirtd@',
                    'nova-compute@') for kill in (True, False)
       if not (name == 'rabbitmq' and kill)),
-    *(_hang(name) for name in ('fastboot-agent@', 'fastboot-builder',
+    *(hang(name) for name in ('fastboot-agent@', 'fastboot-builder',
                                'repository', 'redis', 'rabbitmq',
                                'glance')),
     Fault('a server of the export killed', _kill_export),
