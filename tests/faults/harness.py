@@ -44,6 +44,8 @@ FLAVOR = 'm1.nano'
 #: Within this, everything must go on without a human (seconds).
 RECOVERY = 60
 POLL = 0.1
+#: Of a server that gets no network.
+TRIES = 3
 #: Callers of an agent at the same time.
 CROWD = 50
 #: Where hosts keep fastboot's files, and the disks made for it (bytes).
@@ -67,6 +69,8 @@ class Lab:
         self.rng = rng
         self.guests: list[Guest] = []
         self.images: dict[str, witness.Witness] = {}
+        #: Servers that Neutron gave no network in time.
+        self.without_network = 0
 
     @property
     def hosts(self) -> list[str]:
@@ -94,8 +98,20 @@ class Lab:
         # minute; after a jump of the clock that is so until the next word.
         self.user.wait(lambda: self.is_up(host), RECOVERY,
                        f'nova-compute on {host} to be heard')
-        boot = self.user.boot('fault', image, host, flavor=FLAVOR, prompt='')
-        return Guest(boot, self.images[image])
+        return Guest(self._boot(image, host), self.images[image])
+
+    def _boot(self, image: str, host: str) -> Boot:
+        """Neutron's agents may not have recovered from what they, too, went
+        through; then Nova gives up, fastboot or not."""
+        for _ in range(TRIES):
+            try:
+                return self.user.boot('fault', image, host, flavor=FLAVOR,
+                                      prompt='')
+            except CloudError as error:
+                if 'allocate the network' not in str(error):
+                    raise
+                self.without_network += 1
+        raise CloudError(f'{host} has no network after {TRIES} tries')
 
     def is_up(self, host: str) -> bool:
         return any(one.state == 'up' for one in
@@ -459,11 +475,11 @@ def settle(lab: Lab) -> dict[str, int]:
 
 
 def report(table: result.Table, toll: Toll, left: dict[str, int],
-           seed: int, seconds: float) -> None:
+           words: str) -> None:
     """The figures."""
     count = sum(map(len, toll.values()))
     table.add('faults injected, and survived by all guests', count,
-              'faults', 500, '>=', note=f'seed {seed}, {seconds:.0f} s')
+              'faults', 500, '>=', note=words)
     for name, values in sorted(toll.items()):
         table.add(f'until guests go on: {name}', statistics.median(values),
                   's', note=f'at most {max(values):.1f} s',
@@ -507,7 +523,9 @@ def main() -> int:
             print(guest.boot.server.id, json.dumps(
                 user.console(guest.boot.server)[-200:]), file=sys.stderr)
         return 1
-    report(table, toll, left, args.seed, time.monotonic() - began)
+    report(table, toll, left, f'seed {args.seed}, '
+           f'{time.monotonic() - began:.0f} s; {lab.without_network} servers '
+           f'got no network of Neutron in time, and were asked for again')
     for image in lab.images:
         user.cloud.image.delete_image(image, ignore_missing=True)
     return int(any(left.values()))
