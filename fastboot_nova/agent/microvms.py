@@ -166,8 +166,8 @@ class Microvms:
             'µVMs are switched off ([microvm] enabled)')
         #: Why their repository cannot be followed, in words.
         self.error = ''
-        self.follower = worker.Worker('microvms', self._follow, interval)
-        self.keeper = worker.Worker('lanes', self._keep, _KEEP_SECONDS)
+        self.follower = worker.Worker('microvms', self.follow, interval)
+        self.keeper = worker.Worker('lanes', self.keep, _KEEP_SECONDS)
         self._pool = pool.Pool(path / 'lanes', lanes, self.keeper.wake)
         self.workers = [self.follower, self.keeper] if enabled else []
         told.follow('microvm_lanes', 'Lanes that wait for a server',
@@ -306,7 +306,11 @@ class Microvms:
 
     # Following the repository
 
-    def _follow(self) -> None:
+    def follow(self) -> None:
+        """Bring what is chosen into the mirror.
+
+        :raises FastbootError: the repository cannot be followed.
+        """
         prompt, self._prompt = self._prompt, False
         if not (prompt or self._asked) and not self.follower.pause(
                 random.uniform(0, self._jitter)):
@@ -515,7 +519,8 @@ class Microvms:
 
     # Without the network
 
-    def _keep(self) -> None:
+    def keep(self) -> None:
+        """Unpack what is chosen, make its lanes, and let all else go."""
         if self._platforms is None:
             self._look_at_host()
             if self._platforms is not None:
