@@ -192,8 +192,6 @@ class Microvms:
     def everything(self) -> None:
         """Sync now, whatever the time of day."""
         self._prompt = True
-        with self._mutex:
-            self._asked.update(self._known)
         self.follower.wake()
 
     def rows(self) -> list[dict[str, Any]]:
@@ -319,7 +317,7 @@ class Microvms:
         try:
             found = self._open()
             if found is not None:
-                self._follow_to(found)
+                self._follow_to(found, prompt)
         except StoppedError:
             pass
         except exception.FastbootError as error:
@@ -331,8 +329,11 @@ class Microvms:
             self.keeper.wake()
             self._changed()
 
-    def _follow_to(self, found: mirror.Mirror) -> None:
-        """What is known is done also if there is no news."""
+    def _follow_to(self, found: mirror.Mirror, everything: bool) -> None:
+        """What is known is done also if there is no news.
+
+        :param everything: whatever the time of day.
+        """
         failed = None
         try:
             found.refresh()
@@ -342,7 +343,9 @@ class Microvms:
             failed = error
         self._learn(found)
         for one in self._choose():
-            self._bring(found, one)
+            if everything or one.entry.image_id in self._asked or (
+                    self._times.is_open()):
+                self._bring(found, one)
         self._prune(found)
         if failed:
             raise failed
@@ -421,8 +424,8 @@ class Microvms:
         """
         entry = one.entry
         asked = entry.image_id in self._asked
-        if found.ready(entry) or time.monotonic() < one.not_before and (
-                not asked) or not (asked or self._times.is_open()):
+        if found.ready(entry) or (
+                time.monotonic() < one.not_before and not asked):
             return
         one.came = 0
 

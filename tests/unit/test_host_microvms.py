@@ -519,6 +519,12 @@ def test_the_window(place):
         place.one.take('one', HOLDER)
     place.look()
     assert place.state() == 'ready', 'somebody asked for it'
+    place.add('two')
+    place.look()
+    assert place.state('two') == 'absent'
+    place.one.everything()
+    place.look()
+    assert place.state('two') == 'ready'
 
 
 def test_switched_off(place):

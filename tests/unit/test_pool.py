@@ -129,7 +129,8 @@ def test_never_given_back(lanes, clock, tmp_path):
 
 
 @pytest.mark.parametrize('text, words', [
-    (xml(TWO), 'taken for'), (xml(memory=64), 'MiB'),
+    (xml(TWO), 'taken for'), (xml(virt_type='kvm'), 'with qemu'),
+    (xml(memory=64), 'MiB'),
     (xml(vcpus=99), 'processors'), ('', 'XML'), ('<domain/>', 'memory'),
     ('<!DOCTYPE x><domain/>', 'XML'), ('\ud800', 'XML'),
     ('<domain>' * 100, 'XML')])
@@ -142,6 +143,17 @@ def test_definitions_that_do_not_fit(lanes, text, words):
     # Nothing was written: it serves again.
     lanes.give_back(loan.token, True)
     assert lanes.counts('one') == (2, 0)
+
+
+def test_a_definition_that_is_too_long(lanes):
+    loan = lanes.take('one', ONE)
+    before = loan.path.read_bytes()
+    with pytest.raises(exception.Invalid, match='do not fit'):
+        lanes.dress(loan.token, xml().replace(
+            '<memory', f'<title>{"x" * 99_000}</title><memory'))
+    assert loan.path.read_bytes() == before
+    lanes.give_back(loan.token, True)
+    assert loan.path.exists()
 
 
 def test_a_lane_that_cannot_be_dressed_goes(lanes):
