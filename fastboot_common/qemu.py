@@ -102,9 +102,10 @@ def package(tool: str = SYSTEM) -> str:
     version(tool)
     try:
         found = os.stat(shutil.which(tool) or tool)
+        return _package(
+            tool, (found.st_dev, found.st_ino, found.st_mtime_ns))
     except OSError as error:
         raise exception.ConfigError(f'{tool}: {error}') from error
-    return _package(tool, (found.st_dev, found.st_ino, found.st_mtime_ns))
 
 
 @functools.cache

@@ -81,9 +81,16 @@ class Environment:
     def open_microvm_replicas(self) -> store.ReadStore:
         """The repository of the µVMs for reading, at the same places.
 
-        It need not be there.
+        :raises NotFound: there is none in any directory among them; what a
+            server has turns out when it is read.
         """
-        return self._open_all([_microvms(one) for one in self.locations()])
+        locations = [_microvms(one) for one in self.locations()]
+        found = [one for one in locations if '://' in one.removeprefix(
+            'file://') or pathlib.Path(one.removeprefix('file://')).exists()]
+        if not found:
+            raise exception.NotFound(
+                f'there are no µVMs at {self.location()}')
+        return self._open_all(found)
 
     def _open_all(self, locations: list[str]) -> store.ReadStore:
         retries, limit = self.conf.repository.retries, self._throttle()

@@ -53,6 +53,8 @@ class Endpoint:
             for image_id in images[:_IMAGES]:
                 if isinstance(image_id, str):
                     self._sync.ask(image_id)
+            if self._microvms:
+                self._microvms.look()
 
 
 class Bus:

@@ -166,8 +166,8 @@ class Microvms:
             'µVMs are switched off ([microvm] enabled)')
         #: Why their repository cannot be followed, in words.
         self.error = ''
-        self.follower = worker.Worker('microvms', self._follow, interval)
-        self.keeper = worker.Worker('lanes', self._keep, _KEEP_SECONDS)
+        self.follower = worker.Worker('microvms', self.follow, interval)
+        self.keeper = worker.Worker('lanes', self.keep, _KEEP_SECONDS)
         self._pool = pool.Pool(path / 'lanes', lanes, self.keeper.wake)
         self.workers = [self.follower, self.keeper] if enabled else []
         told.follow('microvm_lanes', 'Lanes that wait for a server',
@@ -192,8 +192,6 @@ class Microvms:
     def everything(self) -> None:
         """Sync now, whatever the time of day."""
         self._prompt = True
-        with self._mutex:
-            self._asked.update(self._known)
         self.follower.wake()
 
     def rows(self) -> list[dict[str, Any]]:
@@ -306,7 +304,11 @@ class Microvms:
 
     # Following the repository
 
-    def _follow(self) -> None:
+    def follow(self) -> None:
+        """Bring what is chosen into the mirror.
+
+        :raises FastbootError: the repository cannot be followed.
+        """
         prompt, self._prompt = self._prompt, False
         if not (prompt or self._asked) and not self.follower.pause(
                 random.uniform(0, self._jitter)):
@@ -315,7 +317,7 @@ class Microvms:
         try:
             found = self._open()
             if found is not None:
-                self._follow_to(found)
+                self._follow_to(found, prompt)
         except StoppedError:
             pass
         except exception.FastbootError as error:
@@ -327,8 +329,11 @@ class Microvms:
             self.keeper.wake()
             self._changed()
 
-    def _follow_to(self, found: mirror.Mirror) -> None:
-        """What is known is done also if there is no news."""
+    def _follow_to(self, found: mirror.Mirror, everything: bool) -> None:
+        """What is known is done also if there is no news.
+
+        :param everything: whatever the time of day.
+        """
         failed = None
         try:
             found.refresh()
@@ -338,7 +343,9 @@ class Microvms:
             failed = error
         self._learn(found)
         for one in self._choose():
-            self._bring(found, one)
+            if everything or one.entry.image_id in self._asked or (
+                    self._times.is_open()):
+                self._bring(found, one)
         self._prune(found)
         if failed:
             raise failed
@@ -417,8 +424,8 @@ class Microvms:
         """
         entry = one.entry
         asked = entry.image_id in self._asked
-        if found.ready(entry) or time.monotonic() < one.not_before and (
-                not asked) or not (asked or self._times.is_open()):
+        if found.ready(entry) or (
+                time.monotonic() < one.not_before and not asked):
             return
         one.came = 0
 
@@ -515,7 +522,8 @@ class Microvms:
 
     # Without the network
 
-    def _keep(self) -> None:
+    def keep(self) -> None:
+        """Unpack what is chosen, make its lanes, and let all else go."""
         if self._platforms is None:
             self._look_at_host()
             if self._platforms is not None:

@@ -202,12 +202,21 @@ class Pool:
             raise exception.Invalid(
                 f'the lane was taken for {taken.holder}, not for '
                 f'{instance.uuid}')
+        kind = taken.lane.description.key.virt_type
+        if instance.tree.get('type') != kind:
+            # A host with KVM has both, and would run it without for as
+            # long as it lives.
+            raise clone.Unsuitable(f'it does not run with {kind}')
         with taken.lock:
             # It may have been taken back meanwhile, and be another's.
             self._lent(token)
             taken.spoiled = True
             try:
                 taken.lane.dress(instance)
+            except exception.Invalid:
+                # It does not fit; nothing was written.
+                taken.spoiled = False
+                raise
             except (exception.Corrupt, OSError) as error:
                 raise exception.Unavailable(
                     f'the lane cannot be dressed: {error}') from error

@@ -22,10 +22,13 @@ import uuid
 import pytest
 from oslo_config import cfg
 
-from fastboot_common import configdrive, exception
+from fastboot_common import configdrive, exception, localapi
 from fastboot_common.conf import opts
 from fastboot_common.microvm import activation, artifact, clone
+from fastboot_common.store.local import LocalStore
 from fastboot_glance import bakery, source
+from fastboot_nova import client, mirror
+from fastboot_nova.agent import api, metrics, microvms, window
 
 libvirt = pytest.importorskip('libvirt')
 libvirt_qemu = pytest.importorskip('libvirt_qemu')
@@ -36,6 +39,7 @@ from fastboot_nova.microvm import (  # noqa: E402
     definition,
     disk,
     lane,
+    remote,
     resume,
 )
 
@@ -465,6 +469,61 @@ def test_in_a_repository(baked, repository, house, hypervisor, tmp_path):
     share = second['stored_bytes'] / first['stored_bytes']
     print(f'the second takes {share:.0%} of the first')
     assert share <= .6
+
+
+class Room:
+    """A disk that is never full."""
+
+    def is_roomy(self, count):
+        return True
+
+
+def mirrored(path, location):
+    found = mirror.Mirror(path, LocalStore(location))
+    found.refresh()
+    for image in found.state.images.values():
+        found.pull(image)
+    return found
+
+
+def test_lanes_that_the_agent_has(servers, baked, repository, house,
+                                  hypervisor, tmp_path):
+    """As nova-compute does it: one lane, one server after the other."""
+    ctl(house, 'microvm', 'publish', baked, 'debian')
+    location = house / 's' / 'repository'
+    known = microvms.Microvms(
+        house / 'host', mirrored(tmp_path / 'images', location), Room(),
+        metrics.Metrics(), enabled=True,
+        opened=lambda path: mirrored(path, location / 'microvms'),
+        platforms=lambda: compatible.platforms(hypervisor),
+        times=window.Window(''), limit=None, interval=60, jitter=0, lanes=1,
+        disk=20 * GIB, memory=1 << 30)
+    known.follow()
+    begun = time.monotonic()
+    known.keep()
+    print(f'ready after {time.monotonic() - begun:.1f} s: {known.rows()}')
+    path = house / 'agent.sock'
+    with localapi.Server(path, api.routes(lambda: known, dict)):
+        agent = client.Agent(str(path), 5)
+        seen = []
+        for name in ('first', 'second'):
+            one = servers(name)
+            begun = time.monotonic()
+            one.lane.remove()
+            one.lane = remote.take(agent, 'debian', one.uuid)
+            print(f'taken after {time.monotonic() - begun:.3f} s')
+            # The disk, too, is the artifact's.
+            (one.room / 'disk').unlink()
+            disk.make(one.lane.directory, one.room / 'disk', 10 * GIB)
+            done = one.resume()
+            one.lane.give_back(remote.RESUMED, seconds=done.seconds)
+            seen.append((one.lane.path, identity(one)))
+            assert seen[-1][1]['uuid'] == one.uuid
+            assert seen[-1][1]['hostname'] == name
+    assert seen[0][0] == seen[1][0]
+    assert not set(seen[0][1].values()) & set(seen[1][1].values())
+    row, = [row for row in known.rows() if row['image'] == 'debian']
+    assert (row['resumed'], row['fallbacks'], row['lanes']) == (2, 0, 1)
 
 
 def test_another_class_of_hosts(baked, hypervisor):

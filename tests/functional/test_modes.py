@@ -11,6 +11,13 @@ import bootsector
 import pytest
 from agents import Agent, needs_nbdkit
 from images import GIB, fast_directory
+from test_agent_microvm import (
+    await_ready,
+    publish_microvm,
+    start,
+    take,
+    world,  # noqa: F401  a fixture
+)
 from test_capture import LOGIN, READS, SIZE, options
 from test_cli import Fastbootctl
 
@@ -136,3 +143,28 @@ def test_what_the_programs_make(tmp_path, room, umask):
     seen |= look(room, {room / 's', run})
     assert seen >= {'disk.qcow2', 'stub.qcow2', 'misses.log', 'nbd.pid',
                     'volume', 'complete'}, seen
+
+
+def test_what_microvms_are_made_of(world, umask):  # noqa: F811
+    """QEMU's group may read them, and no other."""
+    group = 'daemon' if os.geteuid() == 0 else grp.getgrgid(
+        os.getegid()).gr_name
+    publish_microvm(world)
+    agent = Agent(world.path / 's', world.path / 'repo',
+                  agent={'libvirt_uri': world.path / 'down'},
+                  export={'group': group})
+    try:
+        start(agent, world)
+        await_ready(agent)
+        lane = take(agent, '0b0b0b0b-1111-4222-8333-444444444444')
+        seen = look(agent.state / 'host' / 'microvms')
+        for path in (lane.path, *lane.directory.iterdir()):
+            assert (path.group(), path.stat().st_mode & 0o777) == (
+                group, 0o640)
+        for path in (lane.path.parent, lane.directory):
+            assert (path.group(), path.stat().st_mode & 0o777) == (
+                group, 0o750)
+    finally:
+        agent.clean()
+    assert seen >= {'memory', 'disk.qcow2', 'microvm.json', 'lanes',
+                    'artifacts', 'used', 'mirror', 'state.json'}, seen

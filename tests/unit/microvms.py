@@ -91,12 +91,13 @@ def qemu_stream(pages, per_section=5, tail=b'\4devices', machine=b'pc'):
     return bytes(made + tail), places
 
 
-def make(directory, memory=b'', disk=b'', size=1 << 30):
+def make(directory, memory=b'', disk=b'', size=1 << 30, group=None):
     """An artifact whose memory no QEMU would load.
 
     :param memory: put in front of the stream's end.
     :param disk: put behind the disk's beginning.
     :param size: of the image.
+    :param group: the class of hosts.
     """
     directory.mkdir(exist_ok=True)
     head = save_file().pack()
@@ -105,7 +106,7 @@ def make(directory, memory=b'', disk=b'', size=1 << 30):
     with (directory / artifact.MEMORY).open('rb') as file:
         found = identity.find(file.fileno(), len(head), BAKED)
     description = artifact.Description(
-        a_key(), artifact.Machine.of(CONFIG), found, size,
+        group or a_key(), artifact.Machine.of(CONFIG), found, size,
         {name: part(directory / name)
          for name in (artifact.MEMORY, artifact.DISK)}, 1_700_000_000)
     artifact.write(directory, description)

@@ -3,6 +3,7 @@
 
 import http.client
 import json
+import math
 import os
 import pathlib
 import socket
@@ -15,6 +16,11 @@ from hypothesis import strategies as st
 from fastboot_common import exception, journal, localapi
 from fastboot_nova.agent import api
 
+TOKEN = 'ab' * 16
+TAKE = {'image': 'image-1', 'holder': 'uuid'}
+DRESS = {'lane': TOKEN, 'xml': '<domain/>'}
+RETURN = {'lane': TOKEN, 'outcome': 'failed', 'phase': 'load',
+          'reason': 'why', 'seconds': {'load': .5, 'IDENTITY': 2}}
 WELL = {'image': 'image-1', 'holder': 'nova', 'file': '/var/_base/abc_sm'}
 
 
@@ -57,6 +63,30 @@ class Served:
     def images(self):
         self._note('images')
         return {'images': [{'id': 'image-1'}], 'version': 3}
+
+    def microvms(self):
+        self._note('microvms')
+        return {'microvms': []}
+
+    def take(self, image_id, holder):
+        journal.validate_image_id(image_id)
+        journal.validate_image_id(holder)
+        self._note('take', image_id, holder)
+        return {'lane': TOKEN}
+
+    def dress(self, token, xml):
+        assert token == TOKEN and isinstance(xml, str)
+        self._note('dress', token, xml)
+
+    def give_back(self, token, outcome, phase, reason, seconds):
+        assert token == TOKEN
+        assert outcome in ('resumed', 'refused', 'failed')
+        assert phase == '' or phase.isascii() and len(phase) <= 32
+        assert len(reason.encode()) <= 2000
+        for name, value in seconds.items():
+            assert len(name) <= 32 and isinstance(value, float)
+            assert 0 <= value < 3600 and math.isfinite(value)
+        self._note('return', token, outcome, phase, reason, seconds)
 
 
 @pytest.fixture(scope='module')
@@ -101,6 +131,11 @@ def test_verbs(path, served):
             ('GET', '/v1/images', None, 200),
             ('GET', '/v1/images/image-1', None, 200),
             ('GET', '/v1/images/another', None, 404),
+            ('GET', '/v1/microvms', None, 200),
+            ('POST', '/v1/microvms/take', TAKE, 200),
+            ('POST', '/v1/microvms/dress', DRESS, 200),
+            ('POST', '/v1/microvms/return', RETURN, 200),
+            ('GET', '/v1/microvms/take', None, 405),
             ('GET', '/v1/status', None, 200),
             ('POST', '/v1/status', {}, 405),
             ('GET', '/v1/sync', None, 405),
@@ -145,6 +180,50 @@ def test_any_body(path, served, verb, body):
     """Whatever it holds: what is called is sane, and all else is a 400."""
     status, answer = call(path, 'POST', f'/v1/{verb}', json.dumps(body))
     assert status in (200, 202, 400), answer
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture],
+          max_examples=300)
+@given(verb=st.sampled_from(['take', 'dress', 'return']),
+       body=st.fixed_dictionaries({}, optional={
+           'image': ANY | st.just('image-1'), 'holder': ANY | st.just('i'),
+           'lane': st.just(TOKEN) | ANY, 'xml': ANY, 'x': ANY,
+           'outcome': st.sampled_from(['resumed', 'refused', 'failed']) | ANY,
+           'phase': ANY, 'reason': ANY | st.just('\ud800' * 600),
+           'seconds': ANY | st.dictionaries(
+               st.sampled_from(['load', 'END', 'a' * 40, '']),
+               st.floats() | st.integers() | st.booleans())}))
+def test_any_body_for_a_lane(path, served, verb, body):
+    status, answer = call(path, 'POST', f'/v1/microvms/{verb}',
+                          json.dumps(body))
+    assert status in (200, 400), answer
+
+
+def test_what_a_return_may_leave_out(path, served):
+    body = {'lane': TOKEN, 'outcome': 'resumed'}
+    assert call(path, 'POST', '/v1/microvms/return',
+                json.dumps(body))[0] == 200
+    assert served.calls == [('return', TOKEN, 'resumed', '', '', {})]
+
+
+@pytest.mark.parametrize('url, most', [
+    ('/v1/acquire', 16 << 10), ('/v1/microvms/take', 16 << 10),
+    ('/v1/microvms/dress', 256 << 10), ('/v1/nothing', 16 << 10)])
+def test_bodies_have_a_limit(path, served, url, most):
+    body = json.dumps({**WELL, **TAKE, **DRESS, 'x': ''})
+    body = body[:-2] + 'x' * (most - len(body)) + '"}'
+    assert len(body) == most
+    assert call(path, 'POST', url, body)[0] == (
+        404 if 'nothing' in url else 200)
+    served.calls.clear()
+    with socket.socket(socket.AF_UNIX) as line:
+        line.settimeout(20)
+        line.connect(os.fspath(path))
+        # What is too long is not read.
+        line.sendall(f'POST {url} HTTP/1.1\r\nHost: a\r\n'
+                     f'Content-Length: {most + 1}\r\n\r\n'.encode())
+        assert line.recv(999).startswith(b'HTTP/1.1 400')
+    assert not served.calls
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture],

@@ -8,12 +8,15 @@ import socket
 import threading
 import time
 
+import microvms
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastboot_common import exception
+from fastboot_common.microvm import artifact, clone
 from fastboot_nova import client
+from fastboot_nova.microvm import definition, remote
 
 LEASE = {'image': 'i', 'volume': '/v/volume', 'size': 8 << 40,
          'start': 65536, 'virtual_size': 1 << 30, 'complete': None,
@@ -136,3 +139,110 @@ def test_random_answers(data):
 def test_image_ids(path):
     with agent(path, answer(200, {'images': [{'id': 'a'}, {'id': 'b'}]})):
         assert client.Agent(str(path), 5).image_ids() == ['a', 'b']
+
+
+# µVMs
+
+TAKEN = {'lane': 'ab' * 16, 'path': '/lanes/x', 'directory': '/artifacts/y',
+         'class': 'cd' * 32}
+HOLDER = 'aaaaaaaa-bbbb-4ccc-8ddd-eeeeeeeeeeee'
+
+
+def body_of(heard):
+    head, body = bytes(heard).split(b'\r\n\r\n')
+    return head.split(b' ')[1].decode(), json.loads(body)
+
+
+def line(path):
+    return client.Agent(str(path), 5)
+
+
+@pytest.fixture
+def lane(tmp_path, path):
+    """One that was taken, of an artifact that is there."""
+    microvms.make(tmp_path / 'artifact')
+    taken = {**TAKEN, 'directory': str(tmp_path / 'artifact')}
+    with agent(path, answer(200, taken)) as heard:
+        found = remote.take(line(path), 'i', HOLDER)
+    path.unlink()
+    assert body_of(heard) == ('/v1/microvms/take', {
+        'image': 'i', 'holder': HOLDER})
+    return found
+
+
+def test_a_lane(lane, path, tmp_path):
+    assert lane.path == pathlib.Path('/lanes/x')
+    assert lane.directory == tmp_path / 'artifact'
+    assert lane.group == TAKEN['class']
+    assert lane.description == artifact.read(tmp_path / 'artifact')
+    xml = definition.Server('n', HOLDER, pathlib.Path('/d'),
+                            pathlib.Path('/c')).xml()
+    with agent(path, answer(200, {})) as heard:
+        lane.dress(clone.instance(xml, lane.description.machine))
+    assert body_of(heard) == ('/v1/microvms/dress', {
+        'lane': TAKEN['lane'], 'xml': xml})
+    path.unlink()
+    with agent(path, answer(200, {})) as heard:
+        lane.give_back(remote.FAILED, 'load', 'w' * 999, {'load': .5})
+    assert body_of(heard) == ('/v1/microvms/return', {
+        'lane': TAKEN['lane'], 'outcome': 'failed', 'phase': 'load',
+        'reason': 'w' * 500, 'seconds': {'load': .5}})
+
+
+def test_what_is_not_heard_is_taken_back(lane, path, caplog):
+    lane.give_back(remote.RESUMED)
+    assert 'not given back' in caplog.text
+
+
+def test_an_instance_that_is_refused(lane, path):
+    xml = definition.Server('n', HOLDER, pathlib.Path('/d'),
+                            pathlib.Path('/c')).xml()
+    one = clone.instance(xml, lane.description.machine)
+    with agent(path, answer(400, {'error': 'Invalid: why'})):
+        with pytest.raises(exception.Unavailable, match='why'):
+            lane.dress(one)
+
+
+@pytest.mark.parametrize(('status', 'words', 'error'), [
+    (404, 'NotFound: none', exception.NotFound),
+    (503, 'Busy: in use', exception.Busy),
+    (503, 'Unavailable: no', exception.Unavailable)])
+def test_no_lane(path, status, words, error):
+    with agent(path, answer(status, {'error': words})):
+        with pytest.raises(error, match=words.split()[1]):
+            remote.take(line(path), 'i', HOLDER)
+
+
+@pytest.mark.parametrize('change', [
+    {'lane': None}, {'path': 3}, {'directory': ''}, {'class': []}])
+def test_a_lane_without_sense(path, change):
+    with agent(path, answer(200, {**TAKEN, **change})):
+        with pytest.raises(exception.Unavailable, match='nonsense'):
+            remote.take(line(path), 'i', HOLDER)
+
+
+def test_an_artifact_that_cannot_be_read(path, monkeypatch):
+    back = []
+    monkeypatch.setattr(client.Agent, 'give_back',
+                        lambda self, *words: back.append(words[:3]))
+    with agent(path, answer(200, TAKEN)):
+        with pytest.raises(exception.NotFound, match='no µVM'):
+            remote.take(line(path), 'i', HOLDER)
+    path.unlink()
+
+    def refuse(directory):
+        raise PermissionError(13, 'Permission denied')
+
+    monkeypatch.setattr(artifact, 'read', refuse)
+    with agent(path, answer(200, TAKEN)):
+        with pytest.raises(exception.Unavailable, match='denied'):
+            remote.take(line(path), 'i', HOLDER)
+    assert back == [(TAKEN['lane'], 'failed', 'take')] * 2
+
+
+def test_what_is_held(path):
+    told = {'path': '/h', 'volume_bytes': 5, 'mirror_bytes': 6}
+    for more, count in (({}, 11), ({'microvm_bytes': 7}, 18)):
+        with agent(path, answer(200, {**told, **more})):
+            assert line(path).held() == (pathlib.Path('/h'), count)
+        path.unlink()
