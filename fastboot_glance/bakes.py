@@ -95,6 +95,10 @@ class Bakes:
             root, template.digest(bakery.config(self._options)),
             str(self._options.timeout))).encode()).hexdigest()
 
+    def forget(self, image: images.Image) -> None:
+        """There is nothing that µVMs could be of."""
+        self._records.forget_microvms(image.image_id)
+
     def again(self, image: images.Image) -> None:
         """Somebody wants what was refused to be tried once more."""
         self._records.forget_microvms(image.image_id, _ENDS)

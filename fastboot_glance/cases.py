@@ -294,6 +294,7 @@ class Bake(Case):
         if found is None:
             LOG.info('image %s: not registered; its bake is dropped',
                      image.image_id)
+            tools.bakes.forget(image)
             return None
         book = tools.books.open(self._claim.job)
         # An attempt that was not finished may have more to say.

@@ -45,8 +45,9 @@ class Microvms:
         """Open nothing yet."""
         self._environment = environment
         self._found: Repository | None = None
-        #: By serial; what a serial is of never changes, but its manifest.
+        #: Of the version that was seen last, by serial.
         self._known: dict[int, Published] = {}
+        self._version = -1
 
     def repository(self) -> Repository | None:
         """For reading; None: there is none."""
@@ -66,12 +67,18 @@ class Microvms:
         repository = self.repository()
         if repository is None:
             return []
-        known = self._known
-        self._known = {}
-        for name, entry in shelf.entries(repository.state()):
-            found = known.get(entry.serial) or _read(repository, name, entry)
-            if found:
-                self._known[entry.serial] = found
+        state = repository.state()
+        if state.version != self._version:
+            known, self._known = self._known, {}
+            for name, entry in shelf.entries(state):
+                # Repacking gives it another manifest of the same.
+                found = dataclasses.replace(
+                    known[entry.serial], entry=entry
+                ) if entry.serial in known else _read(
+                    repository, name, entry)
+                if found:
+                    self._known[entry.serial] = found
+            self._version = state.version
         return list(self._known.values())
 
     def of(self, image_id: str) -> list[Published]:

@@ -13,9 +13,9 @@ import pytest
 pytest.importorskip('glance')
 pytest.importorskip('taskflow')
 
-from fastboot_common import rpc
+from fastboot_common import overlay, rpc
 from fastboot_common.cli import base
-from fastboot_common.microvm import activation
+from fastboot_common.microvm import activation, artifact, shelf
 from fastboot_glance import reports
 
 
@@ -599,6 +599,46 @@ def test_each_builder_bakes_for_its_own_platform(centre, tmp_path):
     brokers.wait_for(lambda: len(centre.microvms) == 2, 'both')
     centre.wait_idle()
     assert (len(centre.bakes('old')), len(centre.bakes('new'))) == (1, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2400)
+@pytest.mark.skipif(os.geteuid() != 0, reason='building needs root')
+def test_a_real_debian(centre, tmp_path_factory):
+    """From its upload to a µVM that is what was baked."""
+    pytest.importorskip('libvirt')
+    path = tmp_path_factory.mktemp('d')
+    disk = path / 'image.qcow2'
+    tool = centre_stack.ROOT / 'tools' / 'guest-image'
+    subprocess.run([tool, 'build', disk, '--suite', 'bookworm'], check=True,
+                   timeout=900)
+    centre.start(
+        capture={'timeout': 900, 'memory': 512, 'end': 'agent,console',
+                 'config_drive': True}, bakery={'timeout': 900})
+    image_id = centre.glance.make('debian', disk, disk_format='qcow2',
+                                  fastboot='microvm')
+    ready = centre.wait_state(image_id, 'ready', 'error', seconds=600)
+    assert ready.state == 'ready', ready.error
+    assert centre.glance.show(image_id)['fastboot_microvm'] == 'none'
+    one = centre.microvm(image_id, 'ready', 'refused', 'failed', seconds=1200)
+    assert one.state == 'ready', one.reason
+    centre.wait_idle()
+    found = microvms_repository(centre)
+    entry = shelf.find(found.state(), image_id)
+    target = path / 'taken'
+    target.mkdir()
+    images = base.Environment(centre.conf()).open_repository()
+    description = shelf.take(entry, found, images, target)
+    assert description.key.platform.text == one.platform
+    # Nothing of this machine is in it.
+    assert overlay.read_backing(target / artifact.DISK) == (
+        'image', description.virtual_size)
+    for part in (artifact.DISK, artifact.DESCRIPTION):
+        assert str(centre.path).encode() not in (target / part).read_bytes()
+    assert subprocess.run(
+        ['grep', '-qaF', str(centre.path), target / artifact.MEMORY],
+        timeout=60).returncode == 1
+    print(f'baked in {one.seconds:.0f} s, {one.bytes / 2**20:.1f} MiB')
 
 
 class Agent:

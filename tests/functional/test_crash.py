@@ -417,6 +417,86 @@ def test_publish_microvm(worlds, tmp_path):
     assert every_step(worlds, 'published', operation, judge) > 10
 
 
+def test_bake(worlds, tmp_path, monkeypatch):
+    """From what was baked to its announcement, once and no more."""
+    import test_bakes
+
+    from fastboot_glance import bakery, staging
+    from fastboot_glance.flows import bake
+    monkeypatch.setattr(bakery, 'platform', lambda options: test_bakes.HERE)
+    made = test_bakes.World(tmp_path / 'world')
+    (tmp_path / 'world' / 'image').write_bytes(b'image')
+
+    def operation(path):
+        found = test_bakes.World(path, add=False)
+        found.look()
+        with staging.open_stage(path / 'stage', test_bakes.ID) as stage:
+            if not found.there:
+                found.artifact(stage.microvm)
+            work = bake.Work(
+                image=found.image, found=found.found, stage=stage,
+                cancel=threading.Event(), glance=None,
+                registry=found.registry, bakes=found.bakes,
+                publisher=found.publisher(), platform=test_bakes.HERE,
+                options=found.conf.bakery, report=Quiet())
+            work.announce(work.bake())
+            stage.discard()
+
+    class Quiet:
+        def phase(self, name, total):
+            pass
+
+    for number in range(1, 500):
+        path = tmp_path / f'at-{number}'
+        shutil.copytree(made.path, path, symlinks=True)
+        ended = run(Steps(number), lambda path=path: operation(path))
+        assert len(test_bakes.World(path, add=False).there) in (
+            (1,) if ended else (0, 1))
+        operation(path)
+        found = test_bakes.World(path, add=False)
+        assert found.there == [test_bakes.HERE.text]
+        assert found.record.state == 'ready'
+        assert not list(upkeep.check(found.shelved.repository(), deep=True))
+        staging.sweep(path / 'stage', set())
+        assert not list((path / 'stage').glob('*/*'))
+        shutil.rmtree(path)
+        if ended:
+            break
+    assert 10 < number < 499
+
+
+@pytest.mark.parametrize('what', ['move', 'remove', 'tidy'])
+def test_microvms_that_move_and_go(tmp_path, what):
+    import test_bakes
+    made = test_bakes.World(tmp_path / 'world')
+    made.bake()
+
+    def operation(path):
+        found = test_bakes.World(path, add=False)
+        if what == 'move':
+            found.look(visibility='private', owner='p')
+        elif what == 'remove':
+            found.registry.gone(test_bakes.ID)
+        else:
+            found.look(properties={})
+
+    for number in range(1, 500):
+        path = tmp_path / f'at-{number}'
+        shutil.copytree(made.path, path, symlinks=True)
+        ended = run(Steps(number), lambda path=path: operation(path))
+        operation(path)
+        found = test_bakes.World(path, add=False)
+        repository = found.shelved.repository()
+        assert not list(upkeep.check(repository, deep=True))
+        # One that was on its way from one place to another is baked anew.
+        assert {one.entry.visibility for one in found.shelved.all()} <= (
+            {'private'} if what == 'move' else set())
+        shutil.rmtree(path)
+        if ended:
+            break
+    assert 3 < number < 499
+
+
 def test_collect(worlds):
     def operation(world):
         upkeep.collect(world.repository, 0, 0)

@@ -113,6 +113,28 @@ def test_a_later_job_of_an_image_is_dropped(boards, monkeypatch):
     assert one.jobs() == [first]
 
 
+def test_bakes_are_jobs_of_their_own(boards):
+    one, two = boards(), boards()
+    assert one.post('image-a', 'test')
+    assert one.post('image-a', 'test', platform='p1')
+    assert one.post('image-a', 'test', platform='p2')
+    assert not two.post('image-a', 'again', platform='p2')
+    build, first, second = two.jobs()
+    assert (build.platform, first.platform, second.platform) == (
+        '', 'p1', 'p2')
+    # Two bakes do not mind each other; a build does.
+    held = [one.claim(first, 'b1'), two.claim(second, 'b2')]
+    assert all(held)
+    assert one.claim(build, 'b3') is None
+    for claim in held:
+        claim.release()
+    claim = two.claim(build, 'b3')
+    assert claim
+    assert one.claim(first, 'b1') is None
+    claim.finish()
+    assert [job.platform for job in one.jobs()] == ['p1', 'p2']
+
+
 def test_a_claim_is_kept_as_long_as_it_is_held(boards):
     one, two = boards(), boards()
     one.post('image-a', 'test')

@@ -5,11 +5,16 @@ import json
 import shutil
 import string
 
+import microvms
 import oslo_messaging
 import pytest
 from api_parts import NEW, ONE, TWO, UNREACHABLE, make_centre
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+from fastboot_common import publish
+from fastboot_common.cli import base
+from fastboot_common.microvm import shelf
 
 
 @pytest.fixture
@@ -360,3 +365,83 @@ def test_unexpected_errors_tell_nothing(centre, monkeypatch):
 def test_hostile_name_is_only_text(centre):
     centre.records.note_build(NEW, state='queued', name='a\0b\n\ud800😀')
     assert images(centre('/v1/images'))[NEW]['name'] == 'a b  😀'
+
+
+PLATFORM = 'x86_64/qemu/2/3/7.2.22 (Debian)'
+
+
+def reported(group, state, image=ONE):
+    return {'image': image, 'class': group, 'state': state, 'bytes': 5,
+            'lanes': 2, 'resumed': 7, 'fallbacks': 1, 'reason': None}
+
+
+def with_microvm(centre, path):
+    """The class of a µVM of ONE that is in the repository."""
+    room = path / 'baked'
+    microvms.make(room, size=20 * centre.repo.block_size)
+    shelved = base.Environment(centre.conf).writable_microvms()
+    return shelf.put(
+        room, centre.repo.image(ONE), centre.repo, publish.Publisher(
+            shelved, path / 'cache', threads=1), path / 'work').name.group
+
+
+def test_microvms_of_an_image(centre, tmp_path):
+    """What the repository has counts, then what the records say."""
+    shown = centre(f'/v1/images/{ONE}')[1]['image']
+    assert shown['microvms'] == []
+    assert images(centre('/v1/images'))[ONE]['microvm'] is None
+    group = with_microvm(centre, tmp_path)
+    here = microvms.a_key().platform.text
+    centre.report('h1', {}, platforms=[here], microvms=[
+        reported(group, 'ready'), reported('cd' * 32, 'ready')])
+    centre.report('h2', {}, microvms=[reported(group, 'transferring')])
+    centre.report('h3', {})
+    row, = centre(f'/v1/images/{ONE}')[1]['image']['microvms']
+    assert (row['class'], row['platform'], row['state'], row['bytes']) == (
+        group, here, 'ready', None)
+    assert row['hosts'] == {'ready': 1, 'transferring': 1}
+    note = centre.records.note_microvm
+    note(ONE, here, state='baking', stage='x', progress=.5, size=9,
+         seconds=2.5, baked_at=1_700_000_000.0)
+    note(ONE, 'lost', state='ready', group='ab' * 32)
+    note(ONE, 'no', state='refused', reason='no cloud-init')
+    rows = {row['platform']: row for row in
+            centre(f'/v1/images/{ONE}')[1]['image']['microvms']}
+    # A builder that died after it had published.
+    assert (rows[here]['state'], rows[here]['stage'], rows[here]['bytes'],
+            rows[here]['seconds']) == ('ready', '', 9, 2.5)
+    assert rows[here]['baked_at'] == '2023-11-14T22:13:20+00:00'
+    assert (rows['lost']['state'], rows['lost']['class']) == ('none', '')
+    assert 'not have it' in rows['lost']['reason']
+    assert (rows['no']['state'], rows['no']['reason'], rows['no'][
+        'hosts']) == ('refused', 'no cloud-init', {})
+    note(TWO, here, state='failed')
+    note(TWO, 'no', state='refused')
+    listed = images(centre('/v1/images'))
+    assert (listed[ONE]['microvm'], listed[TWO]['microvm']) == (
+        'ready', 'failed')
+
+
+def test_microvms_of_a_host(centre):
+    centre.report('h1', {}, platforms=[PLATFORM],
+                  microvms=[reported('ab' * 32, 'ready')])
+    centre.report('h2', {})
+    host = centre('/v1/hosts/h1')[1]['host']
+    assert host['platforms'] == [PLATFORM]
+    row, = host['microvms']
+    assert row == reported('ab' * 32, 'ready') | {
+        'name': f'name of {ONE}', 'reason': ''}
+    host = centre('/v1/hosts/h2')[1]['host']
+    assert (host['platforms'], host['microvms']) == (None, None)
+
+
+def test_microvms_of_images_that_may_not_be_seen(tmp_path, monkeypatch):
+    centre = make_centre(tmp_path, monkeypatch, """
+fastboot:hosts:show: role:member
+fastboot:images:show: project_id:%(project_id)s
+""")
+    centre.report('h1', {}, microvms=[
+        reported('ab' * 32, 'ready'), reported('ab' * 32, 'ready', TWO)])
+    found = centre('/v1/hosts/h1', X_Roles='member', X_Auth_Token='u:p2')
+    assert found[0] == 200
+    assert [row['image'] for row in found[1]['host']['microvms']] == [TWO]

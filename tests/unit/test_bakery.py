@@ -72,6 +72,13 @@ class TestWords:
             one._heard(json.dumps({'failed': 'x' * 10000}).encode())
         assert len(str(caught.value)) < 600
 
+    @pytest.mark.parametrize('word', ['refused', 'failed'])
+    def test_whose_doing_it_is(self, one, word):
+        with pytest.raises(bakery._NotBaked, match='because') as caught:
+            one._heard(json.dumps({word: 'because'}).encode())
+        assert isinstance(caught.value, bakery._Refused) == (
+            word == 'refused')
+
     @given(st.binary(max_size=200))
     def test_any_line(self, tmp_path_factory, line):
         path = tmp_path_factory.mktemp('x')

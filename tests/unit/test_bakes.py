@@ -3,10 +3,11 @@
 Glance: tests/functional."""
 
 import dataclasses
+import io
 import types
 
 import pytest
-from disks import BLOCK, disk, make_repository, put
+from disks import BLOCK, disk, make_repository, open_repository, put
 from microvms import a_key, make
 from oslo_config import cfg
 from test_eligibility import IMAGE
@@ -22,6 +23,7 @@ from fastboot_glance import (
     records,
     registry,
 )
+from fastboot_glance.cli import microvm as cli
 
 ID = '11111111-1111-4111-8111-111111111111'
 SIZE = 20 * BLOCK
@@ -55,15 +57,18 @@ class Glance:
 class World:
     """A registered image, and what looks after its µVMs."""
 
-    def __init__(self, path, platform=HERE):
+    def __init__(self, path, platform=HERE, add=True):
+        """:param add: make it; else it is there."""
         self.path = path
-        self.repository = make_repository(path / 'repository')
+        self.repository = make_repository(path / 'repository') if add \
+            else open_repository(path / 'repository')
         conf = opts.register(cfg.ConfigOpts())
         conf([], default_config_files=[])
         conf.set_override('state_dir', str(path))
         self.conf = conf
         self.records = records.Records(f'sqlite:///{path}/records.db')
-        self.records.create()
+        if add:
+            self.records.create()
         self.board, self.glance = Board(), Glance()
         self.said = []
         herald = types.SimpleNamespace(
@@ -78,7 +83,8 @@ class World:
         self.image = dataclasses.replace(
             IMAGE, image_id=ID, visibility='public',
             properties={'fastboot': 'microvm'})
-        self.add()
+        if add:
+            self.add()
 
     def add(self, seed=1):
         put(self.repository, self.path / 'work', ID, disk(SIZE, seed),
@@ -94,18 +100,24 @@ class World:
         image = dataclasses.replace(self.image, **changes)
         return self.bakes.look(image, self.found)
 
-    def bake(self, origin='glance', **key):
-        """Publish a µVM of the image."""
-        room = self.path / 'baked'
+    def artifact(self, room, **key):
+        """What a bake of the image leaves."""
         before = make.__globals__['a_key']
         make.__globals__['a_key'] = lambda: a_key(**key)
         try:
             make(room, size=SIZE)
         finally:
             make.__globals__['a_key'] = before
-        publisher = publish.Publisher(
+
+    def publisher(self):
+        return publish.Publisher(
             self.shelved.writable(), self.path / 'cache', threads=1)
-        return shelf.put(room, self.found, self.repository, publisher,
+
+    def bake(self, origin='glance', **key):
+        """Publish a µVM of the image."""
+        room = self.path / 'baked'
+        self.artifact(room, **key)
+        return shelf.put(room, self.found, self.repository, self.publisher(),
                          self.path / 'work', origin=origin)
 
     @property
@@ -317,3 +329,54 @@ class TestTidy:
         assert world.there == [HERE.text]
         state = world.shelved.repository().state()
         assert shelf.find(state, ID).image_id in state.images
+
+
+class TestCommands:
+    """``fastbootctl microvm list|remove``."""
+
+    def run(self, world, kind, *words):
+        app = types.SimpleNamespace(conf=world.conf, stdout=io.StringIO())
+        command = kind(app, None)
+        command.app = app
+        found = command.take_action(
+            command.get_parser('x').parse_args(words))
+        return [*found[1]] if found else app.stdout.getvalue()
+
+    def test_list(self, world):
+        assert self.run(world, cli.List) == []
+        world.bake()
+        world.bake(origin=None, qemu='10')
+        one, two = self.run(world, cli.List)
+        assert one[:3] == (ID, a_key().digest, HERE.text)
+        assert (one[-1], two[-1]) == ('glance', '')
+
+    def test_remove(self, world):
+        world.bake()
+        world.bake(qemu='10')
+        group = a_key().digest
+        with pytest.raises(exception.NotFound, match='class'):
+            self.run(world, cli.Remove, ID, '--class', 'x')
+        assert group in self.run(world, cli.Remove, f'name of {ID}',
+                                 '--class', group[:9])
+        assert world.there == [OTHER.text]
+        # Also of one that is not registered any more.
+        world.repository.remove(ID)
+        self.run(world, cli.Remove, ID)
+        assert world.there == []
+        with pytest.raises(exception.NotFound):
+            self.run(world, cli.Remove, ID)
+
+
+def test_repacked_meanwhile(world):
+    """What is remembered of it is not its old manifest."""
+    world.bake()
+    before, = world.shelved.of(ID)
+    repository = world.shelved.writable()
+    made = repository.read_manifest(before.entry.manifest)
+    made.capture = {'state': 'another'}
+    digest = repository.keep_manifest(made.pack())
+    repository.append('repack', lambda state: {'packs': [], 'manifests': {
+        before.entry.image_id: {'manifest': digest,
+                                'manifest_size': len(made.pack())}}})
+    after, = world.shelved.of(ID)
+    assert after.entry.manifest == digest

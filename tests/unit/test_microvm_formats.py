@@ -97,6 +97,35 @@ class TestSaveFile:
             assert found.pack() == data[:found.stream]
 
 
+class TestPlatform:
+    """Its line, which hosts report."""
+
+    def test_there_and_back(self):
+        one = microvms.a_key().platform
+        assert key.Platform.parse(one.text) == one
+
+    @pytest.mark.parametrize('text', [
+        None, 1, '', 'x86_64', 'x86_64/qemu/2/3', 'x86_64/qemu/2/3/',
+        'x86_64/qemu/02/3/7', 'x86_64/qemu/2/x/7', 'x86_64/qemu/2/3/7\n',
+        'x86_64/qemu/2/3/\x1b[31m', 'x86_64//2/3/7', 'é/qemu/2/3/7',
+        'x86_64/qemu/٢/3/7', 'x86_64/qemu/2/3/' + '7' * 221,
+        'x86_64/qemu/999999/3/7'])
+    def test_other_lines(self, text):
+        with pytest.raises(exception.Corrupt) as caught:
+            key.Platform.parse(text)
+        assert len(str(caught.value)) < 200
+
+    @given(st.text() | st.from_regex(
+        r'\A[\w-]+/[\w-]+/[0-9]+/[0-9]+/[ -~]+\Z', fullmatch=True))
+    def test_any_line(self, text):
+        try:
+            found = key.Platform.parse(text)
+        except exception.Corrupt:
+            return
+        assert found.text == text
+        assert len(text) <= 255
+
+
 class TestKey:
 
     def test_both_ways(self):

@@ -302,3 +302,24 @@ def test_plugin():
     made = plugin.make_client(types.SimpleNamespace(
         session=None, region_name='r', interface='internal'))
     assert isinstance(made, client.Client)
+
+
+def test_microvms(centre, run):
+    centre.records.note_microvm(
+        ONE, 'x86_64/qemu/2/3/7', state='baking', stage='baking: boot')
+    centre.records.note_microvm(
+        ONE, 'x86_64/qemu/2/3/8', state='refused', reason='no cloud-init')
+    centre.report('h1', {}, platforms=['x86_64/qemu/2/3/7'], microvms=[{
+        'image': ONE, 'class': 'ab' * 32, 'state': 'error', 'bytes': 5 << 20,
+        'lanes': 2, 'resumed': 7, 'fallbacks': 0, 'reason': 'no room'}])
+    words = run(image.Show, ONE, output='table')
+    assert 'x86_64/qemu/2/3/7  baking  boot' in words
+    assert 'x86_64/qemu/2/3/8  refused: no cloud-init' in words
+    assert run(image.Show, ONE)['microvms'][0]['stage'] == 'baking: boot'
+    assert run(image.List)[0]['µVM'] == 'baking'
+    words = run(host.Show, 'h1', output='table')
+    assert (f'name of {ONE} ({ONE})  abababababab  error  5.0 MiB  2 lanes  '
+            f'7 resumed: no room') in words
+    centre.report('h1', {})
+    assert run(host.Show, 'h1')['microvms'] is None
+    run(host.Show, 'h1', output='table')

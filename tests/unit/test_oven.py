@@ -71,15 +71,17 @@ def test_a_guest_that_cannot(oven, guest):
         one._await('READY', 10, '')
 
 
-@pytest.mark.parametrize('number, word', [
-    (0, 'shut down'), (2, 'crashed'), (3, 'QEMU'), (9, 'stopped')])
-def test_a_guest_that_stops(oven, guest, number, word):
+@pytest.mark.parametrize('number, word, refused', [
+    (0, 'shut down', True), (2, 'crashed', True), (3, 'QEMU', False),
+    (9, 'stopped', False)])
+def test_a_guest_that_stops(oven, guest, number, word, refused):
     one, end = guest
     end.close()
     one._happened(None, None, 3, 0, None)  # another event
     one._happened(None, None, 5, number, None)
-    with pytest.raises(oven.Failed, match=word):
+    with pytest.raises(oven.Failed, match=word) as caught:
         one._await('READY', 10, '')
+    assert isinstance(caught.value, oven.Refused) == refused
 
 
 def test_a_device_that_stays(oven, guest, monkeypatch):

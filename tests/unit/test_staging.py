@@ -107,3 +107,14 @@ def test_remove(tmp_path):
         assert stage.image.exists()
     staging.remove(tmp_path, IMAGE)
     assert not list((tmp_path / 'staging').iterdir())
+
+
+def test_what_commands_left_that_died(tmp_path):
+    for name in ('blob-old', 'bake-old', 'blob-new', 'other-old'):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / 'file').write_bytes(b'x')
+        if name.endswith('old'):
+            os.utime(tmp_path / name, (1, 1))
+    assert staging.sweep(tmp_path, set()) == 2
+    assert {path.name for path in tmp_path.iterdir()} == {
+        'blob-new', 'other-old'}
