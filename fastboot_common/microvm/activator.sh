@@ -67,6 +67,24 @@ forget() {
         /var/lib/systemd/network/* /run/systemd/netif/leases/*
 }
 
+keys() {
+    for kind in ed25519 ecdsa; do
+        ssh-keygen -q -t $kind -N '' -C "root@$2" \
+            -f "$1/ssh_host_${kind}_key" </dev/null
+    done
+}
+
+# Have in memory what a server needs first; as activator.py does.
+rehearse() {
+    randomize "$(head -c 64 /dev/urandom | od -An -v -tx1 | tr -d ' \n')"
+    mkdir -p /run/fastboot/rehearsal
+    keys /run/fastboot/rehearsal rehearsal
+    rm -rf /run/fastboot/rehearsal
+    udevadm trigger --action=change --subsystem-match=block \
+        --subsystem-match=memory --subsystem-match=net
+    udevadm settle --timeout=10
+}
+
 rename() {
     echo "$1" | tr -d - > /etc/machine-id
     if [ -f /var/lib/dbus/machine-id ] && [ ! -L /var/lib/dbus/machine-id ]
@@ -78,10 +96,7 @@ rename() {
     forget
     [ ! -d /var/lib/systemd ] || (umask 077
         head -c 512 /dev/urandom > /var/lib/systemd/random-seed)
-    [ ! -d /etc/ssh ] || for kind in ed25519 ecdsa; do
-        ssh-keygen -q -t $kind -N '' -C "root@$2" \
-            -f /etc/ssh/ssh_host_${kind}_key </dev/null
-    done
+    [ ! -d /etc/ssh ] || keys /etc/ssh "$2"
 }
 
 services() {
@@ -134,6 +149,7 @@ while read -r word version uuid name clock count memory entropy <&3; do
     QUIESCE)
         sync
         echo 3 > /proc/sys/vm/drop_caches
+        rehearse >/dev/null 2>&1
         wipe
         say QUIET ;;
     ACTIVATE) break ;;

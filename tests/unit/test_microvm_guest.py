@@ -161,6 +161,17 @@ class TestActivator:
                         'wait_for_hardware', 'rename', 'be_born']
         assert tuple(told) == activation.STAGES[:4]
 
+    def test_a_rehearsal_leaves_nothing(self, monkeypatch, tmp_path):
+        ran = []
+        monkeypatch.setattr(activator, 'REHEARSAL', str(tmp_path / 'room'))
+        monkeypatch.setattr(activator, 'randomize', ran.append)
+        monkeypatch.setattr(activator, 'run', lambda *words: ran.append(
+            words))
+        activator.rehearse()
+        assert not list(tmp_path.iterdir())
+        assert [len(ran[0]), *(one[:2] for one in ran[1:])] == [
+            64, ('udevadm', 'trigger'), ('udevadm', 'settle')]
+
     @pytest.mark.parametrize('text, count', [
         ('0', 1), ('0-7', 8), ('0,2-3', 4)])
     def test_processors_that_can_come(self, monkeypatch, text, count):
