@@ -20,7 +20,7 @@ from oslo_log import log as logging
 from taskflow import task
 from taskflow.patterns import linear_flow
 
-from fastboot_common import exception, journal, publish, qemu
+from fastboot_common import exception, journal, publish
 from fastboot_common.microvm import artifact, key, shelf, template
 from fastboot_glance import (
     bakery,
@@ -135,7 +135,6 @@ class Work:
     def _bake(self) -> bakery.Bake:
         # QEMU may have been upgraded under us: then what we bake is for
         # other hosts than we said.
-        qemu.package.cache_clear()
         if bakery.platform(self.options) != self.platform:
             raise exception.ConfigError(
                 'QEMU is another than when the builder was started; '
