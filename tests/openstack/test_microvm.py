@@ -79,10 +79,13 @@ class Guest(Server):
 @pytest.fixture(scope='module')
 def image(user, guest):
     """A Debian with a µVM, and lanes of it on both hosts."""
-    found = small_image(user, 'microvm', guest, fastboot='microvm')
-    user.wait_for_microvm(found)
-    yield found
-    user.cloud.image.delete_image(found, ignore_missing=True)
+    found = user.upload('microvm', guest, fastboot='microvm')
+    try:
+        user.wait_built(found, 900)
+        user.wait_for_microvm(found)
+        yield found
+    finally:
+        user.cloud.image.delete_image(found, ignore_missing=True)
 
 
 def wait_for_lanes(user, image, host, count=1):
