@@ -138,9 +138,11 @@ class Bakes:
              there: Sequence[microvms.Published] | None = None) -> None:
         """Bring Glance's properties up to date.
 
-        :param there: the µVMs that it has; None: see which.
+        :param there: the µVMs that it has; None: something happened since
+            Glance was asked, see which.
         :raises NotFound: the image was deleted.
         """
+        settled = there is not None
         if there is None:
             there = self._registry.microvms.of(image.image_id)
         ends = [one for one in self._records.microvms(image.image_id)
@@ -151,7 +153,7 @@ class Bakes:
             'ready' if there else 'error' if ends else 'none')
         if ends and not there:
             values['fastboot_microvm_error'] = ends[0].reason
-        if images.changes(image.properties, values):
+        if not settled or images.changes(image.properties, values):
             self._registry.tell(image, values)
 
     def _withdraw(self, image: images.Image) -> None:
