@@ -7,6 +7,7 @@ import pytest
 
 from bench import times
 from fastboot_common import exception, report, timeline
+from fastboot_common.cli import report as commands
 
 
 @pytest.mark.parametrize('sequences, expected', [
@@ -63,6 +64,21 @@ def test_what_commands_print_is_read(tmp_path):
 def test_what_is_no_measured_boot_is_refused(tmp_path, document):
     with pytest.raises(exception.Invalid, match='one.json'):
         report.read_boots(written(tmp_path, document))
+
+
+def test_the_command(tmp_path):
+    boots = written(tmp_path, [times.phases('boot', {'first answer': 60.0})])
+    other = tmp_path / 'other.json'
+    other.write_text(json.dumps({'name': 'web', 'seconds': {'load': 0.875}}))
+    command = commands.Timeline(None, None)
+    columns, rows = command.take_action(command.get_parser('x').parse_args(
+        [str(boots), str(other)]))
+    assert columns == ('Until', 'boot', 'resume of web')
+    assert [(name, *(one.human_readable() for one in values))
+            for name, *values in rows] == [
+        ('first answer', '60.00', ''), ('load', '', '0.88')]
+    assert [[one.machine_readable() for one in values]
+            for _, *values in rows] == [[60.0, None], [None, 0.875]]
 
 
 def test_what_a_console_says():
