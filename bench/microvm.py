@@ -242,19 +242,13 @@ def crowd(bench: Bench) -> None:
             found[number] = made[number].resume(
                 ready[number], stage=activation.IDENTITY)
 
-        # Whoever is late is measured, too.
-        with mock.patch.object(resume, 'LOAD_DEADLINE', servers.PATIENCE):
-            labs.at_once([lambda number=number: start(number)  # type: ignore
-                          for number in range(CROWD)])
+        labs.at_once([lambda number=number: start(number)  # type: ignore
+                      for number in range(CROWD)])
         bench.say(_words('the last', max(
             found, key=lambda one: one[activation.IDENTITY])))
         runs = [one['activate'] for one in found]
         bench.table.add(f'{CROWD} at once: until all run', max(runs), 's',
-                        resume.LOAD_DEADLINE, note=result.spread(runs))
-        bench.table.add(
-            f'{CROWD} at once: first instruction to {activation.IDENTITY}',
-            max(one[activation.IDENTITY] - one['activate'] for one in found),
-            's', resume.DEADLINE, note='at most; those behind it are booted')
+                        note=result.spread(runs))
         for name in (times.ANSWER, activation.IDENTITY):
             ends = [one[name] for one in found]
             bench.table.add(f'{CROWD} at once: until all have {name}',

@@ -236,9 +236,8 @@ class User:
         for _ in self._until(seconds, f'the µVM of {image}'):
             found = self.cloud.image.get_image(image).properties
             state = found.get('fastboot_microvm')
-            if state in ('none', 'error'):
-                raise CloudError(f'{image} has no µVM: '
-                                 f'{found.get("fastboot_microvm_error")}')
+            if reason := found.get('fastboot_microvm_error'):
+                raise CloudError(f'{image} has no µVM: {reason}')
             if state == 'ready' and all(
                     self.microvm(image, host.name).get('lanes', 0)
                     for host in self.layout.hosts):
