@@ -37,7 +37,7 @@ class Guest(Server):
         def answers():
             said[:] = [self.user.inside(
                 'control', 'ssh', '-o', 'ConnectTimeout=10',
-                f'root@{self.address}', f'{words}; echo so-it-is',
+                f'root@{self.address}', f'{words}\necho so-it-is',
                 check=False)]
             return said[0].endswith('so-it-is\n')
         self.user.wait(answers, seconds, f'{self.id} to answer')

@@ -37,6 +37,7 @@ def files(layout: Layout) -> dict[pathlib.Path, str]:
             etc / f'proxy/{name}.cfg': proxy.host(layout, node),
             home / 'libvirt-etc/libvirtd.conf': nova.libvirtd(node),
             home / 'libvirt-etc/qemu.conf': nova.qemu(node),
+            home / 'libvirt-etc/hooks/qemu': nova.hook(),
             etc / f'ssh/{name}': nova.sshd(layout, node),
         }
     return texts
@@ -52,4 +53,6 @@ def write(layout: Layout) -> None:
         new = path.with_name(path.name + '.new')
         new.touch(mode=0o640)
         new.write_text(text)
+        if text.startswith('#!'):
+            new.chmod(0o750)
         new.rename(path)

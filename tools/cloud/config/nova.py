@@ -123,3 +123,27 @@ def qemu(node: Node) -> str:
     """libvirt's qemu.conf."""
     return '\n'.join([f'migration_host = "{node.address}"',
                       'cgroup_controllers = []', ''])
+
+
+def hook() -> str:
+    """libvirt's hook: what it calls when a guest has started.
+
+    libvirt makes the taps here, and makes them anew when a guest is started
+    again. The userspace datapath goes on with the old one's socket then
+    (Open vSwitch 3.1), so its port is made anew, once it was wired.
+    """
+    return '''\
+#!/bin/sh
+[ "$2" = started ] || exit 0
+for tap in $(grep -o "dev='tap[0-9a-f-]*'" | cut -d "'" -f 2); do
+    case "$(ovs-vsctl --timeout=5 --if-exists get Port "$tap" tag)" in
+    [0-9]*) ;;
+    *) continue ;;
+    esac
+    ids=$(ovs-vsctl --timeout=5 get Interface "$tap" external_ids)
+    ovs-vsctl --timeout=5 --no-wait del-port "$tap" \\
+        -- add-port br-int "$tap" \\
+        -- set Interface "$tap" "external_ids=$ids"
+done
+exit 0
+'''
