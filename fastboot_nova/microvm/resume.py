@@ -34,6 +34,8 @@ from fastboot_common.microvm import (
 DEADLINE: Final = 10.0
 _POLL: Final = 0.005
 _SEND_SECONDS: Final = 2.0
+#: Between two attempts to end what takes too long.
+_AGAIN: Final = 0.25
 
 
 class Lane(Protocol):
@@ -310,15 +312,26 @@ def _port(connection: Any, domain: Any) -> Iterator[_Port]:
 @contextlib.contextmanager
 def _bounded(domain: Any, deadline: float) -> Iterator[None]:
     """Destroy the domain if it is not done in time: what waits for it then
-    fails."""
-    timer = threading.Timer(
-        max(0.0, deadline - time.monotonic()), _destroy, [domain])
-    timer.daemon = True
-    timer.start()
+    fails.
+
+    Again and again: the first time there may be no QEMU yet. And never when
+    this is over: another machine may have been started of the domain.
+    """
+    over = threading.Event()
+
+    def watch() -> None:
+        seconds = max(0.0, deadline - time.monotonic())
+        while not over.wait(seconds):
+            _destroy(domain)
+            seconds = _AGAIN
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
     try:
         yield
     finally:
-        timer.cancel()
+        over.set()
+        watcher.join()
 
 
 def _remove(disk: document.Element) -> None:
