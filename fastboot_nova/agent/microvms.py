@@ -265,6 +265,10 @@ class Microvms:
         """See :meth:`fastboot_nova.microvm.pool.Pool.dress`."""
         self._pool.dress(token, xml)
 
+    def fate(self, holder: str) -> pool.Fate:
+        """See :meth:`fastboot_nova.microvm.pool.Pool.fate`."""
+        return self._pool.fate(holder)
+
     def give_back(self, token: str, outcome: str, phase: str, reason: str,
                   seconds: dict[str, float]) -> None:
         """Be done with a lane, and count how it went.
