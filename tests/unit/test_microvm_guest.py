@@ -365,7 +365,9 @@ class TestLane:
         microvms.make(tmp_path / 'a')
         with (tmp_path / 'a' / 'memory').open('r+b') as file:
             file.seek(-3, 2)
-            file.write(b'x')
+            last = file.read()
+            file.seek(-3, 2)
+            file.write(bytes(255 - byte for byte in last))
         with pytest.raises(exception.Corrupt):
             lane.Lane.create(tmp_path / 'a', tmp_path / 'lane')
         assert not (tmp_path / 'lane').exists()
