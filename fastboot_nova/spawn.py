@@ -120,6 +120,16 @@ def attempt(host: Any, xml: str, instance: Any,
         prepare)
 
 
+def is_resumed(xml: str) -> bool:
+    """Whether what runs is a template's machine.
+
+    :param xml: of the running domain.
+    """
+    tree = document.parse(xml)
+    return tree.find(
+        f"devices/channel/target[@name='{template.PORT}']") is not None
+
+
 def _check_wishes(instance: Any) -> None:
     """:raises NotFound: the owner, or the operator, wants no resume."""
     if not CONF.fastboot.resume:
