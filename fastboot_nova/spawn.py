@@ -208,7 +208,9 @@ class _Attempt:
                 linked=False), prepare=prepared)
 
     def _fall_back(self, failure: resume.ResumeFailed) -> None:
-        self._disk.renew()
+        if failure.phase != resume.BEGIN:
+            # Else it may be the disk of the domain that is there.
+            self._disk.renew()
         LOG.warning('fastboot: %s; booted from a fresh disk after %.1f s',
                     failure, time.monotonic() - self._began,
                     instance=self._instance)

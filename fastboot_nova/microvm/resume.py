@@ -32,6 +32,8 @@ from fastboot_common.microvm import (
 #: instruction. Under TCG, with both processors of the host busy, the most
 #: were 6 and 8 more.
 DEADLINE: Final = 10.0
+#: The phase in which nothing was done yet; the disk is as it was.
+BEGIN: Final = 'begin'
 _POLL: Final = 0.005
 _SEND_SECONDS: Final = 2.0
 #: Between two attempts to end what takes too long.
@@ -145,7 +147,7 @@ class _Resume:
         self._told = told
         self._begun = time.monotonic()
         self._deadline = self._begun + spec.deadline
-        self._phase = 'begin'
+        self._phase = BEGIN
         self._seconds: dict[str, float] = {}
 
     def run(self, prepare: Callable[[], None] | None) -> Resumed:
@@ -204,7 +206,7 @@ class _Resume:
             raise ResumeFailed(self._phase, str(error)) from error
 
     def _enter(self, phase: str) -> None:
-        if self._phase != 'begin':
+        if self._phase != BEGIN:
             self._mark(self._phase)
         self._phase = phase
 

@@ -16,7 +16,8 @@ from nova.virt.libvirt import driver as stock  # noqa: E402
 from nova.virt.libvirt import guest as libvirt_guest  # noqa: E402
 
 from fastboot_common.microvm import template  # noqa: E402
-from fastboot_nova import driver  # noqa: E402
+from fastboot_nova import driver, notice, spawn  # noqa: E402
+from fastboot_nova.microvm import resume  # noqa: E402
 
 DOMAIN = """<domain type='qemu'><name>one</name><memory>1</memory>
 <on_reboot>{}</on_reboot><devices>{}
@@ -84,3 +85,15 @@ def test_others_are_defined_as_they_run(monkeypatch):
     runs, defined = migrated(monkeypatch, DOMAIN.format('restart', '<rng/>'))
     for tree in runs, defined:
         assert tree.find('devices/rng') is not None
+
+
+@pytest.mark.parametrize('phase, count', [
+    (resume.BEGIN, 0), ('define', 1), ('wait', 1)])
+def test_a_disk_that_nobody_touched_stays(monkeypatch, phase, count):
+    renewed = []
+    monkeypatch.setattr(notice, 'emit', lambda *words, **more: None)
+    disk = types.SimpleNamespace(
+        image_id='image', renew=lambda: renewed.append(1))
+    spawn._Attempt(None, '', None, disk, None)._fall_back(
+        resume.ResumeFailed(phase, 'there is a domain'))
+    assert len(renewed) == count
