@@ -7,10 +7,12 @@ Imports nova; only nova-compute loads it.
 """
 
 import contextlib
+import copy
 import functools
 import os
 import pathlib
 import time
+import types
 from typing import Any, Final
 
 import nova.conf
@@ -19,7 +21,8 @@ import os_resource_classes as orc
 from lxml import etree
 from nova import exception as nova_exception
 from nova import objects
-from nova.virt.libvirt import driver
+from nova.virt.libvirt import driver, migration
+from nova.virt.libvirt import guest as libvirt_guest
 from nova.virt.libvirt import utils as libvirt_utils
 from oslo_log import log as logging
 from oslo_utils import fileutils, units
@@ -252,9 +255,33 @@ class FastbootLibvirtDriver(driver.LibvirtDriver):
             return backend.portable(describe(*args, **kwargs))
 
         guest.get_xml_desc = portable
+        own = self._definition(instance, migrate_data, guest)
+        if own:
+            guest.migrate = functools.partial(_migrate, guest, own)
         super()._live_migration_operation(
             context, instance, dest, block_migration, migrate_data, guest,
             device_names)
+
+    def _definition(self, instance: Any, migrate_data: Any,
+                    guest: Any) -> str | None:
+        """What a resumed server is defined as at its next host.
+
+        Nova would define there what runs here: the template, which would
+        boot with a part of its memory, and be all that a reboot finds.
+        """
+        if not spawn.is_resumed(guest.get_xml_desc()):
+            return None
+        config = None
+        if 'vifs' in migrate_data and migrate_data.vifs:
+            config = functools.partial(
+                self.vif_driver.get_config, instance=instance,
+                image_meta=instance.image_meta, flavor=instance.flavor,
+                virt_type=CONF.libvirt.virt_type)
+        defined = types.SimpleNamespace(get_xml_desc=functools.partial(
+            guest.get_xml_desc, dump_inactive=True))
+        return str(migration.get_updated_guest_xml(
+            instance, defined, migrate_data, self._get_volume_config,
+            get_vif_config=config))
 
     def _live_snapshot(self, context: Any, instance: Any, guest: Any,
                        disk_path: str, out_path: str, source_format: str,
@@ -320,6 +347,27 @@ class FastbootLibvirtDriver(driver.LibvirtDriver):
             device.abort_job()
         except Exception as error:
             LOG.debug('No block job to end: %s', error)
+
+
+class _Defining:
+    """A domain that is defined as told when it has migrated."""
+
+    def __init__(self, domain: Any, definition: str) -> None:
+        self._domain = domain
+        self._definition = definition
+
+    def migrateToURI3(self, destination: str, params: dict[str, Any],
+                      flags: int) -> Any:
+        """libvirt's."""
+        return self._domain.migrateToURI3(destination, params={
+            **params, 'persistent_xml': self._definition}, flags=flags)
+
+
+def _migrate(guest: Any, definition: str, *args: Any, **kwargs: Any) -> None:
+    """Nova's, which defines at the destination what runs here."""
+    found = copy.copy(guest)
+    found._domain = _Defining(guest._domain, definition)
+    libvirt_guest.Guest.migrate(found, *args, **kwargs)
 
 
 def _stubs(instance: Any) -> dict[str, pathlib.Path]:

@@ -120,6 +120,16 @@ def attempt(host: Any, xml: str, instance: Any,
         prepare)
 
 
+def is_resumed(xml: str) -> bool:
+    """Whether what runs is a template's machine.
+
+    :param xml: of the running domain.
+    """
+    tree = document.parse(xml)
+    return tree.find(
+        f"devices/channel/target[@name='{template.PORT}']") is not None
+
+
 def _check_wishes(instance: Any) -> None:
     """:raises NotFound: the owner, or the operator, wants no resume."""
     if not CONF.fastboot.resume:
@@ -198,7 +208,9 @@ class _Attempt:
                 linked=False), prepare=prepared)
 
     def _fall_back(self, failure: resume.ResumeFailed) -> None:
-        self._disk.renew()
+        if failure.phase != resume.BEGIN:
+            # Else it may be the disk of the domain that is there.
+            self._disk.renew()
         LOG.warning('fastboot: %s; booted from a fresh disk after %.1f s',
                     failure, time.monotonic() - self._began,
                     instance=self._instance)

@@ -84,6 +84,8 @@ def instance(xml: str, machine: artifact.Machine) -> Instance:
     if disk.get('type') != 'file' or source is None or not source.get('file'):
         raise Unsuitable('its root disk is no file')
     plugged = [_pluggable(one) for one in _disks(tree, disk)]
+    if len(plugged) > 1:
+        raise Unsuitable('it has more than one disk besides the root disk')
     interfaces = [_pluggable(one) for one in
                   tree.iterfind('devices/interface')]
     if len(plugged) + len(interfaces) > machine.slots:
@@ -216,7 +218,13 @@ def _uuid(tree: document.Element) -> uuid.UUID:
 
 def _disks(tree: document.Element, root: document.Element
            ) -> list[document.Element]:
-    """The disks to plug, a CD with something in it as a disk as well."""
+    """The disks to plug, a CD with something in it as a disk as well.
+
+    A guest names those that are there when it wakes up in the order that it
+    is told of them: QEMU goes through its ports from the last (7.2 to 10).
+    A booted one begins with the first. Where there are two, the owner's
+    ``/dev/vdb`` could be the other one.
+    """
     found = []
     names = _names(tree)
     for disk in tree.iterfind('devices/disk'):

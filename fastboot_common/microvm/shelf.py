@@ -190,6 +190,11 @@ def platform_of(found: manifest.Manifest) -> str:
     return str(found.source.get('platform'))
 
 
+def named(found: manifest.Manifest) -> tuple[str, str]:
+    """The platform that a µVM is for, and the root of its image."""
+    return platform_of(found), str(found.source.get('root'))
+
+
 def _draft(name: Name, size: int, source: manifest.Manifest,
            more: dict[str, str]) -> manifest.Manifest:
     return manifest.Manifest(

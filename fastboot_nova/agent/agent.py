@@ -96,7 +96,7 @@ class Agent:
             group.libvirt_uri, [served.path / 'volumes', self._socket],
             lambda: ways.healthy, told.resumed.inc)
         self._reboots = reboots.Reboots(
-            group.libvirt_uri, told.rebooted.inc)
+            group.libvirt_uri, told.rebooted.inc, self._microvms.fate)
         self._lazy = domains.Lazy(group.libvirt_uri, self._socket,
                                   self._changed)
         self._bus: bus.Bus | None = None

@@ -46,6 +46,8 @@ class _Microvm:
     """A µVM that this host can run.
 
     :ivar rank: of its platform among the host's; the lower the better.
+    :ivar root: of its image's content.
+    :ivar base: the manifest of its image, if that has this content.
     :ivar came: bytes that came of it, while it comes; None: it does not.
     :ivar offered: it is unpacked, and lanes are made of it.
     :ivar bytes: that artifact and lanes take; 0: it was not unpacked yet.
@@ -61,6 +63,8 @@ class _Microvm:
     entry: journal.Image
     name: shelf.Name
     rank: int = 0
+    root: str = ''
+    base: str = ''
     came: int | None = None
     offered: bool = False
     bytes: int = 0
@@ -155,8 +159,9 @@ class Microvms:
         self._prompt = False
         self._asked: set[str] = set()
         self._suspects: set[str] = set()
-        #: By digest of a manifest: the platform that it names.
-        self._named: dict[str, str] = {}
+        #: By digest of a manifest: the platform and the content of the
+        #: image that it names.
+        self._named: dict[str, tuple[str, str]] = {}
         self._known: dict[str, _Microvm] = {}
         #: Whether the repository was looked at; nothing goes before.
         self._learned = False
@@ -244,13 +249,19 @@ class Microvms:
 
     def _lend(self, one: _Microvm, holder: str) -> pool.Loan:
         self._use(one)
-        if one.aside or not one.offered:
+        if one.aside or not one.offered or not self._is_current(one):
             if not one.aside:
                 self._ask(one)
             raise exception.NotFound(
                 f'the µVM of image {one.name.image} is not ready here: '
                 f'{one.reason or "it is coming"}')
         return self._pool.take(one.entry.manifest, holder)
+
+    def _is_current(self, one: _Microvm) -> bool:
+        """Whether the disks of its image are what it was baked of, which
+        :meth:`_compare` has seen."""
+        image = self._images.state.images.get(one.name.image)
+        return image is not None and image.manifest == one.base
 
     def _ask(self, one: _Microvm) -> None:
         """Have one here soon: somebody wanted it."""
@@ -264,6 +275,10 @@ class Microvms:
     def dress(self, token: str, xml: str) -> None:
         """See :meth:`fastboot_nova.microvm.pool.Pool.dress`."""
         self._pool.dress(token, xml)
+
+    def fate(self, holder: str) -> pool.Fate:
+        """See :meth:`fastboot_nova.microvm.pool.Pool.fate`."""
+        return self._pool.fate(holder)
 
     def give_back(self, token: str, outcome: str, phase: str, reason: str,
                   seconds: dict[str, float]) -> None:
@@ -390,7 +405,7 @@ class Microvms:
             self._known = known
             self._asked &= known.keys()
         self._learned = True
-        self._named = {digest: text for digest, text in self._named.items()
+        self._named = {digest: named for digest, named in self._named.items()
                        if digest in {entry.manifest for entry in
                                      found.state.images.values()}}
 
@@ -398,12 +413,12 @@ class Microvms:
         """Of the hosts that a µVM is for; empty: nobody knows."""
         if entry.manifest not in self._named:
             try:
-                self._named[entry.manifest] = shelf.platform_of(
+                self._named[entry.manifest] = shelf.named(
                     found.read_manifest(entry.manifest))
             except exception.FastbootError as error:
                 LOG.warning('the µVM %s: %s', entry.name, error)
                 return ''
-        return self._named[entry.manifest]
+        return self._named[entry.manifest][0]
 
     def _microvm(self, entry: journal.Image, rank: int) -> _Microvm:
         one = self._known.get(entry.image_id)
@@ -415,6 +430,7 @@ class Microvms:
             elif not self._mark(one).exists():
                 self._use(one)
         one.entry, one.rank = entry, rank
+        one.root = self._named[entry.manifest][1]
         return one
 
     def _bring(self, found: mirror.Mirror, one: _Microvm) -> None:
@@ -581,6 +597,8 @@ class Microvms:
         if not found.ready(entry):
             return
         try:
+            if not self._compare(one, image):
+                return
             if not self._artifacts.has(entry):
                 if not self._room.is_roomy(self._cost(one)):
                     raise exception.NoSpace('the disk has no room for it')
@@ -603,6 +621,21 @@ class Microvms:
             one.fail(str(error))
         finally:
             one.came = None
+
+    def _compare(self, one: _Microvm, image: journal.Image) -> bool:
+        """Whether an image still has the content that one was baked of.
+
+        Another has the id if it was removed and published again. On its
+        disks, what the µVM's boot wrote is rubbish.
+        """
+        if one.base != image.manifest:
+            found = self._images.read_manifest(image.manifest)
+            if found.root != one.root:
+                one.base, one.offered = '', False
+                one.lack('its image has another content now')
+                return False
+            one.base = image.manifest
+        return True
 
     def _go_on(self, count: int) -> None:
         if self.keeper.stopping():

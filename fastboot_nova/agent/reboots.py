@@ -6,6 +6,10 @@ reboot (``on_reboot`` is ``destroy``). libvirt says that it shut down, as of a
 guest that switched itself off; only QEMU knows why (libvirt 9.0, QEMU 7.2).
 Nova waits 15 seconds before it takes a server that ended for a stopped one,
 and forgets that if it runs again by then.
+
+Guests whose resume fails may end in the same way: a machine that was loaded
+wrong resets itself. Those are nova-compute's, which boots them from another
+disk under the same name.
 """
 
 import contextlib
@@ -19,6 +23,7 @@ from oslo_log import log as logging
 
 from fastboot_nova.agent import worker
 from fastboot_nova.agent.domains import libvirt
+from fastboot_nova.microvm.pool import Fate
 
 try:
     import libvirt_qemu
@@ -41,11 +46,15 @@ class Reboots:
 
     :param uri: of libvirt.
     :param started: called for each guest that was started.
+    :param fate: how the resume of the guest with a UUID goes.
     """
 
-    def __init__(self, uri: str, started: Callable[[], None]) -> None:
+    def __init__(self, uri: str, started: Callable[[], None],
+                 fate: Callable[[str], Fate] = lambda uuid: Fate.NONE,
+                 ) -> None:
         self._uri = uri
         self._started = started
+        self._fate = fate
         self._connection: Any = None
         self._heard: queue.SimpleQueue[str] = queue.SimpleQueue()
         #: Until when the guests that ended may be started (monotonic).
@@ -116,6 +125,13 @@ class Reboots:
 
     def _try(self, uuid: str) -> None:
         """Start a guest, unless it is still ending."""
+        fate = self._fate(uuid)
+        if fate is Fate.FAILED:
+            del self._due[uuid]
+            return
+        if fate is Fate.COMING:
+            self._wait(uuid, 'its resume is not over')
+            return
         try:
             guest = self._connection.lookupByUUIDString(uuid)
             if guest.isActive():

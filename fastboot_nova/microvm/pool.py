@@ -9,6 +9,7 @@ all that it finds; a libvirt that restores has its file open, and goes on.
 
 import contextlib
 import dataclasses
+import enum
 import os
 import pathlib
 import secrets
@@ -29,6 +30,19 @@ TAKEN_SECONDS: Final = 300.0
 _SURPLUS_SECONDS: Final = 60.0
 #: Lanes of a µVM at most, however many servers come at once.
 _MOST: Final = 16
+#: Seconds that a resume is remembered which failed.
+_MEMORY_SECONDS: Final = 60.0
+
+
+class Fate(enum.Enum):
+    """How the resume of an instance goes."""
+
+    #: Nobody knows of one, or it went well.
+    NONE = enum.auto()
+    #: Somebody has a lane for it.
+    COMING = enum.auto()
+    #: It was in vain, just now: whoever asked for it boots it.
+    FAILED = enum.auto()
 
 
 @dataclasses.dataclass
@@ -100,6 +114,8 @@ class Pool:
         self._mutex = threading.Lock()
         self._stocks: dict[str, _Stock] = {}
         self._loans: dict[str, _Taken] = {}
+        #: By holder, when it failed.
+        self._failed: dict[str, float] = {}
         files.make_directory(path)
         for old in path.iterdir():
             old.unlink()
@@ -182,6 +198,7 @@ class Pool:
         lane = stock.ready.pop()
         token = secrets.token_hex(16)
         self._loans[token] = _Taken(stock, lane, holder, self._clock())
+        self._failed.pop(holder, None)
         stock.taken += 1
         return Loan(token, lane.path, stock.directory)
 
@@ -244,8 +261,20 @@ class Pool:
         self._wanting()
         return taken.stock.name
 
+    def fate(self, holder: str) -> Fate:
+        """How the resume of an instance goes.
+
+        :param holder: UUID of the instance.
+        """
+        with self._mutex:
+            if any(one.holder == holder for one in self._loans.values()):
+                return Fate.COMING
+            return Fate.FAILED if holder in self._failed else Fate.NONE
+
     def _return(self, taken: _Taken, well: bool) -> None:
         stock, lane = taken.stock, taken.lane
+        if not well:
+            self._failed[taken.holder] = self._clock()
         stock.taken -= 1
         if (well and not taken.spoiled and _is_ours(lane.path)
                 and self._stocks.get(stock.name) is stock):
@@ -269,6 +298,9 @@ class Pool:
             with contextlib.suppress(exception.Invalid):
                 back.append((self.give_back(token, False), taken.holder))
         with self._mutex:
+            self._failed = {
+                holder: since for holder, since in self._failed.items()
+                if now - since < _MEMORY_SECONDS}
             for stock in self._stocks.values():
                 while (stock.count > self._ahead and stock.ready
                        and now - stock.used > _SURPLUS_SECONDS):

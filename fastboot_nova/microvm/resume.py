@@ -32,8 +32,12 @@ from fastboot_common.microvm import (
 #: instruction. Under TCG, with both processors of the host busy, the most
 #: were 6 and 8 more.
 DEADLINE: Final = 10.0
+#: The phase in which nothing was done yet; the disk is as it was.
+BEGIN: Final = 'begin'
 _POLL: Final = 0.005
 _SEND_SECONDS: Final = 2.0
+#: Between two attempts to end what takes too long.
+_AGAIN: Final = 0.25
 
 
 class Lane(Protocol):
@@ -143,7 +147,7 @@ class _Resume:
         self._told = told
         self._begun = time.monotonic()
         self._deadline = self._begun + spec.deadline
-        self._phase = 'begin'
+        self._phase = BEGIN
         self._seconds: dict[str, float] = {}
 
     def run(self, prepare: Callable[[], None] | None) -> Resumed:
@@ -202,7 +206,7 @@ class _Resume:
             raise ResumeFailed(self._phase, str(error)) from error
 
     def _enter(self, phase: str) -> None:
-        if self._phase != 'begin':
+        if self._phase != BEGIN:
             self._mark(self._phase)
         self._phase = phase
 
@@ -310,15 +314,26 @@ def _port(connection: Any, domain: Any) -> Iterator[_Port]:
 @contextlib.contextmanager
 def _bounded(domain: Any, deadline: float) -> Iterator[None]:
     """Destroy the domain if it is not done in time: what waits for it then
-    fails."""
-    timer = threading.Timer(
-        max(0.0, deadline - time.monotonic()), _destroy, [domain])
-    timer.daemon = True
-    timer.start()
+    fails.
+
+    Again and again: the first time there may be no QEMU yet. And never when
+    this is over: another machine may have been started of the domain.
+    """
+    over = threading.Event()
+
+    def watch() -> None:
+        seconds = max(0.0, deadline - time.monotonic())
+        while not over.wait(seconds):
+            _destroy(domain)
+            seconds = _AGAIN
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
     try:
         yield
     finally:
-        timer.cancel()
+        over.set()
+        watcher.join()
 
 
 def _remove(disk: document.Element) -> None:

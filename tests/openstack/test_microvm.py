@@ -160,6 +160,9 @@ def test_as_it_was_resumed(user, start, clean):
                   and one.host == there, 180, f'{old} -> {new}')
         one.goes_on()
         assert one.is_resumed()
+        # A reboot there has Nova's machine, too.
+        assert '<on_reboot>restart<' in virsh(
+            user, new, 'dumpxml', '--inactive', one.server.instance_name)
     for ask, undo, status in (('pause', 'unpause', 'PAUSED'),
                               ('suspend', 'resume', 'SUSPENDED')):
         getattr(one.compute, f'{ask}_server')(one.id)

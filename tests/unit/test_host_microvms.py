@@ -9,8 +9,8 @@ import uuid
 
 import microvms as made
 import pytest
-from disks import BLOCK
-from test_microvm_store import Store, page, same
+from disks import BLOCK, disk, put
+from test_microvm_store import SIZE, Store, page, same
 from test_pool import xml
 
 from fastboot_common import exception
@@ -252,6 +252,34 @@ def test_only_while_the_image_is_here(place):
     place.one.keep()
     assert place.row()['reason'] == 'its image is not registered'
     assert not place.artifacts() and not place.lanes()
+
+
+def test_another_content_of_the_image(place):
+    """Its disks are others; what the µVM wrote would be rubbish on them."""
+    place.add('one')
+    place.look()
+    assert place.state() == 'ready'
+    place.store.images.remove('one')
+    put(place.store.images, place.path / 'work', 'one', disk(SIZE, 9),
+        range(8))
+    place.images.refresh()
+    with pytest.raises(exception.NotFound, match='not ready'):
+        place.one.take('one', HOLDER)
+    place.images.pull(place.images.state.images['one'])
+    place.look()
+    assert place.state() == 'absent'
+    assert place.row()['reason'] == 'its image has another content now'
+    with pytest.raises(exception.NotFound, match='another content'):
+        place.one.take('one', HOLDER)
+    # It is as it was.
+    place.store.images.remove('one')
+    put(place.store.images, place.path / 'work', 'one', place.store.image,
+        range(4))
+    place.images.refresh()
+    place.images.pull(place.images.state.images['one'])
+    place.look()
+    assert place.state() == 'ready'
+    assert place.one.take('one', HOLDER)
 
 
 def test_removed_while_it_is_in_use(place):

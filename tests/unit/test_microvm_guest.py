@@ -235,6 +235,23 @@ class TestInstance:
         target = one.plugged[0].find('target')
         assert (target.get('dev'), target.get('bus')) == ('vdz', 'virtio')
 
+    @pytest.mark.parametrize('other', [
+        "<disk type='file' device='cdrom'><source file='/i/cd'/>"
+        "<target dev='sda' bus='sata'/></disk>",
+        "<disk type='block'><source dev='/dev/b'/>"
+        "<target dev='vdc' bus='virtio'/></disk>"])
+    def test_names_of_disks_are_not_left_to_chance(self, other):
+        volume = ("<disk type='block'><source dev='/dev/a'/>"
+                  "<target dev='vdb' bus='virtio'/></disk>")
+        xml = server().xml()
+        for more in volume, other:
+            one = clone.instance(xml.replace(
+                '</devices>', f'{more}</devices>'), MACHINE)
+            assert len(one.plugged) == 1
+        with pytest.raises(clone.Unsuitable, match='more than one disk'):
+            clone.instance(xml.replace(
+                '</devices>', f'{volume}{other}</devices>'), MACHINE)
+
     @pytest.mark.parametrize('options', [
         {'memory': 256}, {'memory': 16384}, {'memory': 600}, {'vcpus': 5}])
     def test_limits(self, options):
@@ -348,7 +365,9 @@ class TestLane:
         microvms.make(tmp_path / 'a')
         with (tmp_path / 'a' / 'memory').open('r+b') as file:
             file.seek(-3, 2)
-            file.write(b'x')
+            last = file.read()
+            file.seek(-3, 2)
+            file.write(bytes(255 - byte for byte in last))
         with pytest.raises(exception.Corrupt):
             lane.Lane.create(tmp_path / 'a', tmp_path / 'lane')
         assert not (tmp_path / 'lane').exists()

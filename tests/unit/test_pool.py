@@ -328,3 +328,23 @@ def test_read_ahead_has_a_budget(lanes, monkeypatch):
         read.clear()
         lanes.read_ahead(budget)
         assert len(read) == count
+
+
+def test_how_it_goes(lanes, clock):
+    assert lanes.fate(ONE) is pool.Fate.NONE
+    loan = lanes.take('one', ONE)
+    assert lanes.fate(ONE) is pool.Fate.COMING
+    assert lanes.fate(TWO) is pool.Fate.NONE
+    lanes.give_back(loan.token, True)
+    assert lanes.fate(ONE) is pool.Fate.NONE
+    lanes.give_back(lanes.take('one', ONE).token, False)
+    assert lanes.fate(ONE) is pool.Fate.FAILED
+    loan = lanes.take('one', ONE)
+    assert lanes.fate(ONE) is pool.Fate.COMING
+    lanes.give_back(loan.token, True)
+    assert lanes.fate(ONE) is pool.Fate.NONE, 'another try'
+    lanes.fill(lambda: True)
+    lanes.give_back(lanes.take('one', TWO).token, False)
+    clock.now += 61
+    lanes.expire()
+    assert lanes.fate(TWO) is pool.Fate.NONE

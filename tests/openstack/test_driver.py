@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The driver inside Nova's own code. Needs nova, but no cloud."""
+
+import os
+import types
+
+import pytest
+
+# Its tests would patch everything for eventlet else.
+os.environ.setdefault('OS_NOVA_DISABLE_EVENTLET_PATCHING', '1')
+pytest.importorskip('nova.virt.libvirt.driver')
+
+from lxml import etree  # noqa: E402
+from nova.objects import migrate_data  # noqa: E402
+from nova.virt.libvirt import driver as stock  # noqa: E402
+from nova.virt.libvirt import guest as libvirt_guest  # noqa: E402
+
+from fastboot_common.microvm import template  # noqa: E402
+from fastboot_nova import driver, notice, spawn  # noqa: E402
+from fastboot_nova.microvm import resume  # noqa: E402
+
+DOMAIN = """<domain type='qemu'><name>one</name><memory>1</memory>
+<on_reboot>{}</on_reboot><devices>{}
+<graphics type='vnc'><listen type='address' address='10.0.0.1'/></graphics>
+</devices></domain>"""
+PORT = f"<channel type='unix'><target name='{template.PORT}'/></channel>"
+OWN = DOMAIN.format('restart', '')
+
+
+class Domain:
+    """Notes how it migrates.
+
+    :param runs: what its running machine has.
+    """
+
+    def __init__(self, runs):
+        self.runs = runs
+
+    def XMLDesc(self, flags):
+        inactive = flags & stock.libvirt.VIR_DOMAIN_XML_INACTIVE
+        return OWN if inactive else self.runs
+
+    def migrateToURI3(self, destination, params, flags):
+        self.params = params
+
+
+def migrated(monkeypatch, runs):
+    """A guest's definitions: what runs at the destination, and what does
+    after a reboot."""
+    libvirt = pytest.importorskip('libvirt')
+    for one in stock, libvirt_guest:
+        monkeypatch.setattr(one, 'libvirt', libvirt)
+    made = object.__new__(driver.FastbootLibvirtDriver)
+    made._block_migration_flags = made._live_migration_flags = 0
+    made._host = None
+    monkeypatch.setattr(made, '_is_post_copy_enabled', lambda flags: False)
+    domain = Domain(runs)
+    made._live_migration_operation(
+        None, types.SimpleNamespace(
+            uuid='one', vm_state='active',
+            flavor=types.SimpleNamespace(extra_specs={}, vcpus=1),
+            image_meta=None, numa_topology=None, resources=None,
+            migration_context=None),
+        'h2', False, migrate_data.LibvirtLiveMigrateData(
+            block_migration=False, serial_listen_addr='10.0.0.2',
+            serial_listen_ports=[], bdms=[],
+            graphics_listen_addr_vnc='10.0.0.2'),
+        libvirt_guest.Guest(domain), [])
+    return [etree.fromstring(domain.params[name])
+            for name in ('destination_xml', 'persistent_xml')]
+
+
+def test_a_resumed_server_stays_defined_as_it_is(monkeypatch):
+    runs, defined = migrated(monkeypatch, DOMAIN.format('destroy', PORT))
+    assert runs.findtext('on_reboot') == 'destroy'
+    assert runs.find('devices/channel') is not None
+    assert defined.findtext('on_reboot') == 'restart'
+    assert defined.find('devices/channel') is None
+    for tree in runs, defined:
+        assert tree.find('devices/graphics/listen').get(
+            'address') == '10.0.0.2'
+
+
+def test_others_are_defined_as_they_run(monkeypatch):
+    runs, defined = migrated(monkeypatch, DOMAIN.format('restart', '<rng/>'))
+    for tree in runs, defined:
+        assert tree.find('devices/rng') is not None
+
+
+@pytest.mark.parametrize('phase, count', [
+    (resume.BEGIN, 0), ('define', 1), ('wait', 1)])
+def test_a_disk_that_nobody_touched_stays(monkeypatch, phase, count):
+    renewed = []
+    monkeypatch.setattr(notice, 'emit', lambda *words, **more: None)
+    disk = types.SimpleNamespace(
+        image_id='image', renew=lambda: renewed.append(1))
+    spawn._Attempt(None, '', None, disk, None)._fall_back(
+        resume.ResumeFailed(phase, 'there is a domain'))
+    assert len(renewed) == count

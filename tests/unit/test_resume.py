@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a resume does to a domain that is not there in time."""
+
+import threading
+import time
+
+import pytest
+
+libvirt = pytest.importorskip('libvirt')
+
+from fastboot_nova.microvm import resume  # noqa: E402
+
+
+class Domain:
+    """Nothing runs before `there`, and ending it takes a while."""
+
+    def __init__(self, there=0.0):
+        self.begun = time.monotonic()
+        self.there = there
+        self.ending = threading.Event()
+        self.ended = threading.Event()
+
+    def destroy(self):
+        if time.monotonic() - self.begun < self.there:
+            raise libvirt.libvirtError('it is not running')
+        self.ending.set()
+        time.sleep(0.3)
+        self.ended.set()
+
+
+def test_late_before_there_is_a_qemu():
+    domain = Domain(there=0.4)
+    with resume._bounded(domain, time.monotonic() - 1):
+        assert domain.ended.wait(20)
+
+
+def test_nothing_is_ended_when_it_is_over():
+    domain = Domain()
+    with resume._bounded(domain, time.monotonic()):
+        assert domain.ending.wait(20)
+    assert domain.ended.is_set(), 'not later, when Nova boots the same domain'
+
+
+def test_in_time():
+    domain = Domain()
+    begun = time.monotonic()
+    with resume._bounded(domain, begun + 60):
+        pass
+    assert time.monotonic() - begun < 20
+    assert not domain.ending.is_set()
