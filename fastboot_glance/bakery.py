@@ -37,9 +37,9 @@ from fastboot_common import (
 from fastboot_common.microvm import (
     activation,
     artifact,
-    document,
     identity,
     key,
+    saved,
     savefile,
     template,
 )
@@ -373,7 +373,7 @@ class _Bakery:
         return found
 
     def _key(self, head: savefile.SaveFile) -> key.Key:
-        if document.parse(head.xml).findtext('uuid') != str(self._uuid):
+        if saved.parse(head.xml).findtext('uuid') != str(self._uuid):
             raise _NotBaked('what was saved is another guest')
         return key.Key(
             self._config.arch, self._config.virt_type, self._config.machine,
