@@ -105,6 +105,12 @@ class Work:
     def _root(self) -> str:
         return self.bakes.root(self.found)
 
+    @property
+    def _baked(self) -> pathlib.Path:
+        """Where what was baked of this content is. On another it would be
+        damage, and an id may have come again with another."""
+        return self.stage.microvm / self._root
+
     def _published(self, group: str | None = None
                    ) -> microvms.Published | None:
         """The µVM for our platform, of what the image is now.
@@ -125,7 +131,7 @@ class Work:
     def _is_baked(self) -> bool:
         """Whether an earlier attempt left what we would bake."""
         try:
-            found = artifact.read(self.stage.microvm).key
+            found = artifact.read(self._baked).key
         except (exception.NotFound, exception.Corrupt,
                 exception.UnknownVersion):
             return False
@@ -148,7 +154,7 @@ class Work:
                     cancel=cancel, largest=source.LARGEST) as found:
                 self._check(found)
                 done = bakery.bake(
-                    found.raw_path, found.virtual_size, self.stage.microvm,
+                    found.raw_path, found.virtual_size, self._baked,
                     self.stage.work, self.options, backing=_BACKING,
                     progress=lambda phase: self.report.phase(
                         f'baking: {phase}', None), cancel=cancel)
@@ -174,7 +180,7 @@ class Work:
 
     def _publish(self, seconds: float | None) -> dict[str, Any]:
         """Put what was baked on the shelf."""
-        baked = artifact.read(self.stage.microvm)
+        baked = artifact.read(self._baked)
         try:
             made = self._put()
         except exception.Exists:
@@ -197,10 +203,26 @@ class Work:
                     f'image {self.image.image_id}: cancelled')
 
         return shelf.put(
-            self.stage.microvm, self.found, self.registry.repository,
+            self._baked, self._found(), self.registry.repository,
             self.publisher, self.stage.work, origin=registry.ORIGIN,
             phase=lambda name: self.report.phase(name, None),
             progress=count)
+
+    def _found(self) -> journal.Image:
+        """The image as it is registered now: others may see it than when
+        the bake began.
+
+        :raises NotFound: it is not registered any more.
+        :raises Busy: it has another content.
+        """
+        found = self.registry.find(self.image.image_id)
+        if found is None:
+            raise exception.NotFound(
+                f'image {self.image.image_id} is not registered')
+        if self.bakes.root(found) != self._root:
+            raise exception.Busy(
+                f'image {self.image.image_id} has another content')
+        return found
 
     @contextlib.contextmanager
     def _watched(self) -> Iterator[threading.Event]:

@@ -104,7 +104,7 @@ def make(directory, memory=b'', disk=b'', size=1 << 30, group=None):
     :param size: of the image.
     :param group: the class of hosts.
     """
-    directory.mkdir(exist_ok=True)
+    directory.mkdir(parents=True, exist_ok=True)
     head = save_file().pack()
     (directory / artifact.MEMORY).write_bytes(head + memory + stream())
     (directory / artifact.DISK).write_bytes(b'QFI\xfb' + bytes(200) + disk)
