@@ -274,6 +274,22 @@ def test_died_between_the_two(world):
     assert world.there == []
 
 
+def test_gone_though_the_microvms_are_damaged(world):
+    """The next audit looks again at what is still known."""
+    world.bake()
+    world.registry.note(world.image, 'ready')
+    head = world.path / 'repository' / 'microvms' / 'head.json'
+    whole = head.read_bytes()
+    head.write_bytes(b'?')
+    with pytest.raises(exception.Corrupt):
+        world.registry.gone(ID)
+    assert world.found is None
+    assert world.records.build(ID)
+    head.write_bytes(whole)
+    world.registry.gone(ID)
+    assert (world.there, world.records.build(ID)) == ([], None)
+
+
 def test_another_of_the_same_name_stays(world):
     world.bake()
     old, = world.shelved.of(ID)
