@@ -334,9 +334,19 @@ class Bake(Case):
                 publisher=self._publisher(),
                 platform=tools.platform, options=tools.conf.bakery,
                 report=build_flow.Report(
-                    note, 1, tools.conf.bakery.timeout)),
+                    note, 1, tools.conf.bakery.timeout),
+                gives_way=self._gives_way),
                 book, tools.books)
             stage.discard()
+
+    def _gives_way(self) -> bool:
+        """Whether a build of the image waits: it does not begin before.
+
+        :raises Unavailable: the jobboard cannot be asked.
+        """
+        image_id = self._claim.job.image_id
+        return any(job.image_id == image_id and not job.platform
+                   for job in self._tools.board.jobs())
 
     def _publisher(self) -> publish.Publisher:
         group = self._tools.conf.repository

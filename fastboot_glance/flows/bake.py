@@ -13,7 +13,7 @@ import dataclasses
 import pathlib
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 from oslo_log import log as logging
@@ -55,6 +55,8 @@ class Work:
     :ivar cancel: when set, the bake is given up.
     :ivar platform: that it is baked for.
     :ivar options: the group ``[bakery]``.
+    :ivar gives_way: whether something else waits for the image meanwhile,
+        and the bake is to be given up; None: nothing ever does.
     """
 
     image: images.Image
@@ -68,6 +70,7 @@ class Work:
     platform: key.Platform
     options: Any
     report: build.Report
+    gives_way: Callable[[], bool] | None = None
 
     def bake(self) -> dict[str, Any]:
         """Have the µVM published, or the reason why there is none.
@@ -226,8 +229,9 @@ class Work:
 
     @contextlib.contextmanager
     def _watched(self) -> Iterator[threading.Event]:
-        """Set when the bake is to be given up: we stop, or nobody wants it
-        any more, which Glance says. It takes minutes of a processor."""
+        """Set when the bake is to be given up: we stop, a build of the image
+        waits, or nobody wants it any more, which Glance says. It takes
+        minutes of a processor."""
         given_up, over = threading.Event(), threading.Event()
         watcher = threading.Thread(
             target=self._watch, args=(given_up, over),
@@ -256,6 +260,8 @@ class Work:
 
     def _is_wanted(self) -> bool:
         try:
+            if self.gives_way and self.gives_way():
+                return False
             return self.bakes.wishes(self.glance.get(self.image.image_id))
         except exception.NotFound:
             return False

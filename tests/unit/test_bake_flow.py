@@ -76,3 +76,15 @@ def test_what_was_baked_of_another_content(world, work, monkeypatch):
     later = dataclasses.replace(work, found=world.found)
     assert later.bake() == {'state': 'refused', 'reason': 'baked anew'}
     assert not work._baked.exists()
+
+
+def test_a_bake_is_given_up_for_a_build(work, monkeypatch):
+    monkeypatch.setattr(bake, '_LOOK', 0)
+    monkeypatch.setattr(bake, '_TICK', .01)
+    glance = types.SimpleNamespace(get=lambda image_id: work.image)
+    waits = threading.Event()
+    one = dataclasses.replace(work, glance=glance, gives_way=waits.is_set)
+    with one._watched() as given_up:
+        assert not given_up.wait(.2)
+        waits.set()
+        assert given_up.wait(10)
