@@ -207,6 +207,18 @@ def test_one_of_another_platform_does_not_do(world):
     assert world.glance.told[ID]['fastboot_microvm'] == 'ready'
 
 
+def test_one_of_a_platform_that_nobody_has_any_more(world):
+    """Upkeep removed it: recipes before ours."""
+    world.bake(qemu='10')
+    assert world.look()
+    one, = world.shelved.of(ID)
+    world.shelved.remove(one)
+    assert world.look()
+    assert {row.platform: (row.state, row.group)
+            for row in world.records.microvms(ID)} == {
+        HERE.text: ('none', ''), OTHER.text: ('none', '')}
+
+
 @pytest.mark.parametrize('state', ['refused', 'failed'])
 def test_what_was_refused_is_remembered(world, state):
     world.bakes.ended(world.image, state, world.bakes.root(world.found),
