@@ -37,9 +37,9 @@ from fastboot_common import (
 from fastboot_common.microvm import (
     activation,
     artifact,
-    document,
     identity,
     key,
+    saved,
     savefile,
     template,
 )
@@ -344,9 +344,9 @@ class _Bakery:
         if type(message.get('vcpus')) is int:
             self._vcpus = min(max(message['vcpus'], 1), self._config.vcpus)
         if 'refused' in message:
-            raise _Refused(f'the guest: {str(message["refused"])[:500]}')
+            raise _Refused(f'the guest: {_plain(str(message["refused"]))}')
         if 'failed' in message:
-            raise _NotBaked(str(message['failed'])[:500])
+            raise _NotBaked(_plain(str(message['failed'])))
         if message.get('done') is True:
             self._enter('done')
             return True
@@ -373,7 +373,7 @@ class _Bakery:
         return found
 
     def _key(self, head: savefile.SaveFile) -> key.Key:
-        if document.parse(head.xml).findtext('uuid') != str(self._uuid):
+        if saved.parse(head.xml).findtext('uuid') != str(self._uuid):
             raise _NotBaked('what was saved is another guest')
         return key.Key(
             self._config.arch, self._config.virt_type, self._config.machine,
@@ -419,4 +419,14 @@ def _check_disk(path: pathlib.Path, backing: str, size: int) -> None:
 
 
 def _tail(path: pathlib.Path) -> str:
-    return path.read_text(errors='replace')[-1000:].strip() or 'silently'
+    """The last line of a log, which may be long."""
+    with path.open('rb') as file:
+        file.seek(max(os.fstat(file.fileno()).st_size - _LINE_LIMIT, 0))
+        words = file.read(_LINE_LIMIT).decode(errors='replace').strip()
+    return _plain(words.rpartition('\n')[2]) or 'silently'
+
+
+def _plain(words: str) -> str:
+    """A stranger's words for a log, a terminal and whoever sees the image:
+    one line, not too long."""
+    return ''.join(one if one.isprintable() else ' ' for one in words[:500])

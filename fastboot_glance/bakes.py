@@ -67,11 +67,11 @@ class Bakes:
         if not self._registry.from_glance(found):
             return False
         root = self.root(found)
+        # First: what another builder says since, we need not have seen.
+        known = self._known(image)
         there = [one for one in self._registry.microvms.of(image.image_id)
                  if self._is_present(image, one, root)]
-        self._note_ready(image, there)
-        known = {one.platform: one for one in self._records.microvms(
-            image.image_id)}
+        self._note_there(image, known, there)
         wanted = self._is_wanted(there, known.get(self.platform), root)
         if wanted:
             if self.platform not in known or known[
@@ -178,10 +178,22 @@ class Bakes:
             self._registry.announce('microvm_moved', image.image_id)
         return True
 
-    def _note_ready(self, image: images.Image,
-                    there: Sequence[microvms.Published]) -> None:
-        known = {one.platform: one for one in self._records.microvms(
+    def _known(self, image: images.Image) -> dict[str, records.Microvm]:
+        """What the records say, by platform."""
+        return {one.platform: one for one in self._records.microvms(
             image.image_id)}
+
+    def _note_there(self, image: images.Image,
+                    known: dict[str, records.Microvm],
+                    there: Sequence[microvms.Published]) -> None:
+        """Have the records say what the repository has, of all platforms:
+        of some there may be no builder any more."""
+        gone = known.keys() - {one.platform for one in there}
+        for platform in gone - {self.platform}:
+            if known[platform].state == 'ready':
+                self._records.note_microvm(
+                    image.image_id, platform, state='none', group='',
+                    reason='the repository does not have it any more')
         for one in there:
             said = known.get(one.platform)
             if said is None or (said.state, said.group) != (

@@ -246,7 +246,8 @@ class Build(Case):
                 stage.discard()
 
     def _have_baked(self, image: images.Image) -> bool:
-        """Post a bake if the image is to be baked here; whether it is.
+        """Post a bake if the image is to be baked here; whether that is
+        soon.
 
         The cache is there and announced; whatever is wrong with a bake is
         not to be taken for an error of it.
@@ -258,7 +259,7 @@ class Build(Case):
                 return False
             if self._claim.job.force:
                 bakes.again(image)
-            return bakes.look(image, found)
+            return bakes.look(image, found) and self._is_soon()
         except exception.FastbootError as error:
             LOG.warning('image %s: its µVM is left to the audit: %s',
                         image.image_id, error)
@@ -266,6 +267,18 @@ class Build(Case):
             LOG.exception('image %s: its µVM is left to the audit',
                           image.image_id)
         return False
+
+    def _is_soon(self) -> bool:
+        """Whether what was posted now is among the next bakes.
+
+        Builds are faster than bakes: the files of all images that wait
+        would fill the disk, and then there are no builds. The bakes of
+        others fetch them again.
+        """
+        waiting = [job for job in self._tools.board.jobs()
+                   if job.platform == self._tools.bakes.platform]
+        workers: int = self._tools.conf.bakery.workers
+        return len(waiting) <= workers + 1
 
     def _largest(self) -> int:
         """Bytes of a disk; Glance may not know how many an image has."""
@@ -321,9 +334,19 @@ class Bake(Case):
                 publisher=self._publisher(),
                 platform=tools.platform, options=tools.conf.bakery,
                 report=build_flow.Report(
-                    note, 1, tools.conf.bakery.timeout)),
+                    note, 1, tools.conf.bakery.timeout),
+                gives_way=self._gives_way),
                 book, tools.books)
             stage.discard()
+
+    def _gives_way(self) -> bool:
+        """Whether a build of the image waits: it does not begin before.
+
+        :raises Unavailable: the jobboard cannot be asked.
+        """
+        image_id = self._claim.job.image_id
+        return any(job.image_id == image_id and not job.platform
+                   for job in self._tools.board.jobs())
 
     def _publisher(self) -> publish.Publisher:
         group = self._tools.conf.repository

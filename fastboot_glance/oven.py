@@ -145,7 +145,6 @@ class Oven:
     def __init__(self, request: dict[str, Any]) -> None:
         self._request = request
         self._room = pathlib.Path(request['home'])
-        self._deadline = time.monotonic() + request['timeout']
         self._end: queue.Queue[int] = queue.Queue()
 
     def bake(self) -> None:
@@ -161,8 +160,9 @@ class Oven:
             None, libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE, self._happened, None)
         self._domain = connection.createXML(self._request['xml'], 0)
         self._port = Port(self._room / self._request['port'])
+        # Only now: what libvirt took is none of the image's doing.
         vcpus = self._await(
-            activation.READY, self._deadline - time.monotonic(),
+            activation.READY, self._request['timeout'],
             'its activator did not get ready; does the image have '
             'cloud-init?')
         tell(phase='unplug', vcpus=vcpus)
@@ -170,7 +170,7 @@ class Oven:
         tell(phase='quiesce')
         self._port.send(activation.QUIESCE)
         self._await(activation.QUIET, _QUIESCE_SECONDS,
-                    'it did not come to rest')
+                    'it did not come to rest', Failed)
         tell(phase='save')
         self._domain.saveFlags(
             str(self._room / self._request['save']), None,
@@ -198,10 +198,12 @@ class Oven:
                 reason += f'; QEMU said last: {words}'
         return kind(reason)
 
-    def _await(self, word: str, seconds: float, otherwise: str
-               ) -> int | None:
+    def _await(self, word: str, seconds: float, otherwise: str,
+               kind: type[Failed] = Refused) -> int | None:
         """Wait for a word of the guest; the number with it.
 
+        :param kind: what it is if it does not come: of a guest that was
+            ready, a host that is busy is as likely the reason.
         :raises Failed: it did not come in time, or another one did.
         """
         end = time.monotonic() + seconds
@@ -215,7 +217,7 @@ class Oven:
                                   'reseed its random numbers')
                 if line.word == word:
                     return line.number
-        raise Refused(f'{otherwise} ({seconds:.0f} seconds)')
+        raise kind(f'{otherwise} ({seconds:.0f} seconds)')
 
     def _unplug(self) -> None:
         """Take the drive away. A guest that does not let go of it would not

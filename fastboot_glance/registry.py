@@ -205,11 +205,16 @@ class Registry:
         found = self.find(image_id)
         if found and not self.from_glance(found):
             return
-        # First: without its image a µVM is of no use, and whoever dies
-        # between the two comes here again.
-        self.remove_microvms(image_id, reason)
-        if found is None:
-            return
+        try:
+            # First: without its image a µVM is of no use, and whoever dies
+            # between the two comes here again.
+            self.remove_microvms(image_id, reason)
+        finally:
+            # Whatever is wrong with them: nobody is to boot from it.
+            if found:
+                self._remove(image_id, reason)
+
+    def _remove(self, image_id: str, reason: str) -> None:
         with contextlib.suppress(exception.NotFound):
             self.repository.remove(image_id)
         LOG.info('image %s: deregistered: %s', image_id, reason)

@@ -16,13 +16,12 @@ from collections.abc import Iterator
 from typing import Final
 
 from fastboot_common import exception
-from fastboot_common.microvm import artifact, document, template
+from fastboot_common.microvm import artifact, document, saved, template
 
 #: Of the definition: taken over as they are.
-_OWN: Final = ('name', 'uuid', 'title', 'description', 'metadata', 'cputune',
-               'resource', 'seclabel')
+_OWN: Final = saved.OWN
 #: Devices that the guest does not see, or sees alike in all machines.
-_BEHIND: Final = ('serial', 'console', 'graphics')
+_BEHIND: Final = saved.BEHIND
 #: What a definition may have. Anything else asks for a machine that the
 #: template is not.
 _KNOWN: Final = frozenset((
@@ -96,13 +95,13 @@ def instance(xml: str, machine: artifact.Machine) -> Instance:
                     _uuid(tree), disk, plugged, interfaces, vcpus, memory)
 
 
-def live(saved: str, one: Instance) -> str:
+def live(xml: str, one: Instance) -> str:
     """The XML that the copy is loaded with.
 
-    :param saved: the XML in the save file.
+    :param xml: the one in the save file.
     :raises Corrupt: that is no XML of ours.
     """
-    tree = document.parse(saved)
+    tree = saved.parse(xml)
     for tag in _OWN:
         _replace(tree, tag, one.tree.findall(tag))
     for event in ('on_poweroff', 'on_crash'):
@@ -289,7 +288,7 @@ def _root_disk(tree: document.Element, own: document.Element) -> None:
     driver, own_driver = disk.find('driver'), own.find('driver')
     queues = None if driver is None else driver.get('queues')
     disk.set('type', own.get('type', 'file'))
-    for tag in ('driver', 'source', 'backingStore', 'iotune'):
+    for tag in saved.ROOT_DISK:
         _replace(disk, tag, own.findall(tag))
     driver = disk.find('driver')
     if driver is None or own_driver is None:

@@ -13,7 +13,7 @@ import dataclasses
 import pathlib
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 from oslo_log import log as logging
@@ -55,6 +55,8 @@ class Work:
     :ivar cancel: when set, the bake is given up.
     :ivar platform: that it is baked for.
     :ivar options: the group ``[bakery]``.
+    :ivar gives_way: whether something else waits for the image meanwhile,
+        and the bake is to be given up; None: nothing ever does.
     """
 
     image: images.Image
@@ -68,6 +70,7 @@ class Work:
     platform: key.Platform
     options: Any
     report: build.Report
+    gives_way: Callable[[], bool] | None = None
 
     def bake(self) -> dict[str, Any]:
         """Have the µVM published, or the reason why there is none.
@@ -105,6 +108,12 @@ class Work:
     def _root(self) -> str:
         return self.bakes.root(self.found)
 
+    @property
+    def _baked(self) -> pathlib.Path:
+        """Where what was baked of this content is. On another it would be
+        damage, and an id may have come again with another."""
+        return self.stage.microvm / self._root
+
     def _published(self, group: str | None = None
                    ) -> microvms.Published | None:
         """The µVM for our platform, of what the image is now.
@@ -125,7 +134,7 @@ class Work:
     def _is_baked(self) -> bool:
         """Whether an earlier attempt left what we would bake."""
         try:
-            found = artifact.read(self.stage.microvm).key
+            found = artifact.read(self._baked).key
         except (exception.NotFound, exception.Corrupt,
                 exception.UnknownVersion):
             return False
@@ -148,7 +157,7 @@ class Work:
                     cancel=cancel, largest=source.LARGEST) as found:
                 self._check(found)
                 done = bakery.bake(
-                    found.raw_path, found.virtual_size, self.stage.microvm,
+                    found.raw_path, found.virtual_size, self._baked,
                     self.stage.work, self.options, backing=_BACKING,
                     progress=lambda phase: self.report.phase(
                         f'baking: {phase}', None), cancel=cancel)
@@ -174,7 +183,7 @@ class Work:
 
     def _publish(self, seconds: float | None) -> dict[str, Any]:
         """Put what was baked on the shelf."""
-        baked = artifact.read(self.stage.microvm)
+        baked = artifact.read(self._baked)
         try:
             made = self._put()
         except exception.Exists:
@@ -197,15 +206,32 @@ class Work:
                     f'image {self.image.image_id}: cancelled')
 
         return shelf.put(
-            self.stage.microvm, self.found, self.registry.repository,
+            self._baked, self._found(), self.registry.repository,
             self.publisher, self.stage.work, origin=registry.ORIGIN,
             phase=lambda name: self.report.phase(name, None),
             progress=count)
 
+    def _found(self) -> journal.Image:
+        """The image as it is registered now: others may see it than when
+        the bake began.
+
+        :raises NotFound: it is not registered any more.
+        :raises Busy: it has another content.
+        """
+        found = self.registry.find(self.image.image_id)
+        if found is None:
+            raise exception.NotFound(
+                f'image {self.image.image_id} is not registered')
+        if self.bakes.root(found) != self._root:
+            raise exception.Busy(
+                f'image {self.image.image_id} has another content')
+        return found
+
     @contextlib.contextmanager
     def _watched(self) -> Iterator[threading.Event]:
-        """Set when the bake is to be given up: we stop, or nobody wants it
-        any more, which Glance says. It takes minutes of a processor."""
+        """Set when the bake is to be given up: we stop, a build of the image
+        waits, or nobody wants it any more, which Glance says. It takes
+        minutes of a processor."""
         given_up, over = threading.Event(), threading.Event()
         watcher = threading.Thread(
             target=self._watch, args=(given_up, over),
@@ -234,6 +260,8 @@ class Work:
 
     def _is_wanted(self) -> bool:
         try:
+            if self.gives_way and self.gives_way():
+                return False
             return self.bakes.wishes(self.glance.get(self.image.image_id))
         except exception.NotFound:
             return False

@@ -432,7 +432,8 @@ def test_bake(worlds, tmp_path, monkeypatch):
         found.look()
         with staging.open_stage(path / 'stage', test_bakes.ID) as stage:
             if not found.there:
-                found.artifact(stage.microvm)
+                stage.microvm.mkdir(exist_ok=True)
+                found.artifact(stage.microvm / found.bakes.root(found.found))
             work = bake.Work(
                 image=found.image, found=found.found, stage=stage,
                 cancel=threading.Event(), glance=None,

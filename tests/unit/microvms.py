@@ -10,6 +10,7 @@ import uuid
 from fastboot_common.microvm import (
     activation,
     artifact,
+    document,
     identity,
     key,
     savefile,
@@ -31,8 +32,12 @@ def places(directory='/room'):
 
 
 def saved_xml():
-    """As libvirt saves it, nearly."""
-    return template.build(CONFIG, 'baking', str(BAKED), places())
+    """As libvirt saves it, nearly: the drive is gone."""
+    tree = document.parse(template.build(
+        CONFIG, 'baking', str(BAKED), places()))
+    devices = tree.find('devices')
+    devices.remove(devices.find("disk[readonly]"))
+    return document.text_of(tree)
 
 
 def save_file(xml=None, room=65536):
@@ -99,7 +104,7 @@ def make(directory, memory=b'', disk=b'', size=1 << 30, group=None):
     :param size: of the image.
     :param group: the class of hosts.
     """
-    directory.mkdir(exist_ok=True)
+    directory.mkdir(parents=True, exist_ok=True)
     head = save_file().pack()
     (directory / artifact.MEMORY).write_bytes(head + memory + stream())
     (directory / artifact.DISK).write_bytes(b'QFI\xfb' + bytes(200) + disk)

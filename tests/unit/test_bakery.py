@@ -72,6 +72,16 @@ class TestWords:
             one._heard(json.dumps({'failed': 'x' * 10000}).encode())
         assert len(str(caught.value)) < 600
 
+    def test_a_reason_is_one_line_for_terminals(self, one, tmp_path):
+        with pytest.raises(bakery._NotBaked) as caught:
+            one._heard(json.dumps({'failed': 'a\n\x1b[2Jb\udc80'}).encode())
+        assert str(caught.value) == 'a  [2Jb '
+        (tmp_path / 'log').write_text(
+            'Traceback\n  File "/home/builder/x.py"\nOSError: \x1b[2J\n')
+        assert bakery._tail(tmp_path / 'log') == 'OSError:  [2J'
+        (tmp_path / 'log').write_text('')
+        assert bakery._tail(tmp_path / 'log') == 'silently'
+
     @pytest.mark.parametrize('word', ['refused', 'failed'])
     def test_whose_doing_it_is(self, one, word):
         with pytest.raises(bakery._NotBaked, match='because') as caught:

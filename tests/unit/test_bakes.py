@@ -207,6 +207,18 @@ def test_one_of_another_platform_does_not_do(world):
     assert world.glance.told[ID]['fastboot_microvm'] == 'ready'
 
 
+def test_one_of_a_platform_that_nobody_has_any_more(world):
+    """Upkeep removed it: recipes before ours."""
+    world.bake(qemu='10')
+    assert world.look()
+    one, = world.shelved.of(ID)
+    world.shelved.remove(one)
+    assert world.look()
+    assert {row.platform: (row.state, row.group)
+            for row in world.records.microvms(ID)} == {
+        HERE.text: ('none', ''), OTHER.text: ('none', '')}
+
+
 @pytest.mark.parametrize('state', ['refused', 'failed'])
 def test_what_was_refused_is_remembered(world, state):
     world.bakes.ended(world.image, state, world.bakes.root(world.found),
@@ -272,6 +284,22 @@ def test_died_between_the_two(world):
     world.repository.remove(ID)
     world.registry.refuse(world.image, eligibility.Refusal('no'))
     assert world.there == []
+
+
+def test_gone_though_the_microvms_are_damaged(world):
+    """The next audit looks again at what is still known."""
+    world.bake()
+    world.registry.note(world.image, 'ready')
+    head = world.path / 'repository' / 'microvms' / 'head.json'
+    whole = head.read_bytes()
+    head.write_bytes(b'?')
+    with pytest.raises(exception.Corrupt):
+        world.registry.gone(ID)
+    assert world.found is None
+    assert world.records.build(ID)
+    head.write_bytes(whole)
+    world.registry.gone(ID)
+    assert (world.there, world.records.build(ID)) == ([], None)
 
 
 def test_another_of_the_same_name_stays(world):

@@ -84,6 +84,49 @@ def test_a_guest_that_stops(oven, guest, number, word, refused):
     assert isinstance(caught.value, oven.Refused) == refused
 
 
+@pytest.fixture
+def baking(oven, monkeypatch, tmp_path):
+    """An oven whose libvirt takes longer than the guest may, and what is
+    waited for: the word, seconds, what it is if it does not come."""
+    now, waited = [0.0], []
+
+    def start(xml, flags):
+        now[0] += 900
+
+    monkeypatch.setattr(oven.time, 'monotonic', lambda: now[0])
+    monkeypatch.setattr(oven, 'connect', lambda room: types.SimpleNamespace(
+        getLibVersion=lambda: 9, createXML=start,
+        domainEventRegisterAny=lambda *words: None))
+    monkeypatch.setattr(oven, 'Port', lambda path: types.SimpleNamespace(
+        send=lambda data: None))
+    oven.libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE = 0
+    one = oven.Oven({'home': str(tmp_path), 'timeout': 600, 'xml': '',
+                     'port': 'port'})
+    monkeypatch.setattr(one, '_unplug', lambda: None)
+
+    def wait(word, seconds, otherwise, kind=oven.Refused):
+        waited.append((word, seconds, kind))
+        if word == 'QUIET':
+            raise kind(otherwise)
+
+    monkeypatch.setattr(one, '_await', wait)
+    return one, waited
+
+
+def test_what_libvirt_takes_is_not_the_guests_time(oven, baking):
+    one, waited = baking
+    with pytest.raises(oven.Failed):
+        one.bake()
+    assert waited[0] == ('READY', 600, oven.Refused)
+
+
+def test_a_guest_that_was_ready_is_tried_again(oven, baking):
+    one, _ = baking
+    with pytest.raises(oven.Failed, match='rest') as caught:
+        one.bake()
+    assert not isinstance(caught.value, oven.Refused)
+
+
 def test_a_device_that_stays(oven, guest, monkeypatch):
     one, _ = guest
     monkeypatch.setattr(oven, '_UNPLUG_SECONDS', 0)
