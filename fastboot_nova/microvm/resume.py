@@ -109,9 +109,7 @@ class Resumed:
         :raises libvirt.libvirtError: it ended.
         """
         for interface in self.interfaces:
-            self.domain.updateDeviceFlags(
-                document.text_of(clone.linked(interface, 'up')),
-                libvirt.VIR_DOMAIN_AFFECT_LIVE)
+            _set_link(self.domain, interface, 'up')
 
 
 def resume(connection: Any, lane: Lane, spec: Spec, *,
@@ -223,9 +221,12 @@ class _Resume:
         for device in one.plugged:
             domain.attachDeviceFlags(document.text_of(device), live)
         for interface in one.interfaces:
-            # No packet of somebody who is nobody yet.
+            # No packet of somebody who is nobody yet. Not plugged without a
+            # link: libvirt leaves the tap of an "ethernet" down then, also
+            # when the link comes (9.0).
             domain.attachDeviceFlags(
-                document.text_of(clone.linked(interface, 'down')), live)
+                document.text_of(clone.linked(interface, 'up')), live)
+            _set_link(domain, interface, 'down')
         domain.blockResize(template.ROOT, self._spec.disk_size,
                            libvirt.VIR_DOMAIN_BLOCK_RESIZE_BYTES)
 
@@ -351,3 +352,9 @@ def _undefine(domain: Any) -> None:
     with contextlib.suppress(libvirt.libvirtError):
         domain.undefineFlags(libvirt.VIR_DOMAIN_UNDEFINE_MANAGED_SAVE
                              | libvirt.VIR_DOMAIN_UNDEFINE_NVRAM)
+
+
+def _set_link(domain: Any, interface: document.Element, state: str) -> None:
+    domain.updateDeviceFlags(
+        document.text_of(clone.linked(interface, state)),
+        libvirt.VIR_DOMAIN_AFFECT_LIVE)
