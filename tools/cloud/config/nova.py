@@ -141,8 +141,9 @@ for tap in $(grep -o "dev='tap[0-9a-f-]*'" | cut -d "'" -f 2); do
     *) continue ;;
     esac
     ids=$(ovs-vsctl --timeout=5 get Interface "$tap" external_ids)
-    ovs-vsctl --timeout=5 --no-wait del-port "$tap" \\
-        -- add-port br-int "$tap" \\
+    # In one transaction, nothing would change.
+    ovs-vsctl --timeout=5 del-port "$tap"
+    ovs-vsctl --timeout=5 add-port br-int "$tap" \\
         -- set Interface "$tap" "external_ids=$ids"
 done
 exit 0
