@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, Final, Self
 
+import libvirt
 import nova.conf
 from nova.virt.libvirt import guest as libvirt_guest
 from oslo_log import log as logging
@@ -48,8 +49,18 @@ class Guest(libvirt_guest.Guest):
         self._resumed = resumed
 
     def resume(self) -> None:
-        """Raise the links."""
-        self._resumed.link()
+        """Raise the links.
+
+        A guest that has rebooted meanwhile, and ended, is started by the
+        agent with the machine that Nova defined, which has them.
+        """
+        try:
+            self._resumed.link()
+        except libvirt.libvirtError as error:
+            if self.is_active():
+                raise
+            LOG.info('fastboot: the guest ended before its links came: %s',
+                     error)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -43,6 +43,7 @@ STATE = ('/var/lib/cloud/instance', '/var/lib/cloud/instances',
          '/var/lib/cloud/data', '/var/lib/cloud/sem', '/run/cloud-init')
 SECRETS = ('/etc/ssh/ssh_host_*key*', '/var/lib/systemd/random-seed',
            '/var/lib/dhcp/*', '/var/lib/dhclient/*', '/var/lib/dhcpcd/*',
+           '/etc/dhcpcd.duid', '/var/lib/wicked/*',
            '/var/lib/NetworkManager/*.lease',
            '/var/lib/NetworkManager/secret_key',
            '/var/lib/systemd/network/*', '/run/systemd/netif/leases/*')

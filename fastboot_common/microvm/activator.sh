@@ -62,6 +62,7 @@ plug() {
 forget() {
     rm -rf /etc/ssh/ssh_host_*key* /var/lib/systemd/random-seed \
         /var/lib/dhcp/* /var/lib/dhclient/* /var/lib/dhcpcd/* \
+        /etc/dhcpcd.duid /var/lib/wicked/* \
         /var/lib/NetworkManager/*.lease \
         /var/lib/NetworkManager/secret_key \
         /var/lib/systemd/network/* /run/systemd/netif/leases/*

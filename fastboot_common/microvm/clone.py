@@ -153,7 +153,9 @@ def _check(tree: document.Element) -> None:
                 raise Unsuitable(f'it has <{child.tag}>')
     for path in ('os/loader', 'os/nvram', 'os/kernel', 'cpu/numa',
                  'cputune/vcpupin', 'cputune/emulatorpin',
-                 "vcpu[@cpuset]", 'devices/disk/encryption'):
+                 "vcpu[@cpuset]", 'devices/disk/encryption',
+                 # The template's root disk has rings of the other kind.
+                 "devices/disk/driver[@packed='on']"):
         if tree.find(path) is not None:
             raise Unsuitable(f'it has {path}')
     for interface in tree.iterfind('devices/interface'):

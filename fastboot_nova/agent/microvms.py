@@ -34,6 +34,9 @@ LOG = logging.getLogger(__name__)
 _KEEP_SECONDS: Final = 20.0
 #: Failures in a row after which a µVM is put aside.
 _FAILURES: Final = 3
+#: Phases of a resume that tell of the µVM. In others the host, or what the
+#: owner asked for, may be to blame.
+_SUSPECT: Final = frozenset(('take', 'dress', 'load', 'activate', 'wait'))
 #: Seconds before something is tried again that failed.
 _AGAIN: Final = 300.0
 #: Longest that guests who come hold up a copy (seconds).
@@ -53,7 +56,8 @@ class _Microvm:
     :ivar bytes: that artifact and lanes take; 0: it was not unpacked yet.
     :ivar failures: resumes in a row that failed.
     :ivar damages: how often what was unpacked turned out damaged.
-    :ivar aside: it is not tried again.
+    :ivar aside: it is not tried again before `not_before`.
+    :ivar setbacks: how often it was put aside.
     :ivar evicted: it went to make room, and comes back when there is some.
     :ivar reason: why it is not here, in words.
     :ivar error: `reason` tells a failure.
@@ -73,6 +77,7 @@ class _Microvm:
     failures: int = 0
     damages: int = 0
     aside: bool = False
+    setbacks: int = 0
     evicted: bool = False
     reason: str | None = None
     error: bool = False
@@ -84,6 +89,20 @@ class _Microvm:
             LOG.warning('the µVM of image %s: %s', self.name.image, words)
         self.reason, self.error = words[:_WORDS], True
         self.not_before = time.monotonic() + _AGAIN
+
+    def put_aside(self, words: str) -> None:
+        """Leave it for a while, longer each time."""
+        self.fail(words)
+        self.aside = True
+        self.not_before += _AGAIN * (2 ** min(self.setbacks, 8) - 1)
+        self.setbacks += 1
+
+    def reconsider(self) -> None:
+        """One that was put aside long enough gets one more try."""
+        if self.aside and time.monotonic() >= self.not_before:
+            self.aside, self.failures = False, _FAILURES - 1
+            self.damages = min(self.damages, _FAILURES - 1)
+            self.mend()
 
     def lack(self, words: str) -> None:
         """Note why it is not here."""
@@ -299,16 +318,16 @@ class Microvms:
                 return
             if outcome == remote.RESUMED:
                 one.resumed += 1
-                one.failures = 0
+                one.failures = one.setbacks = 0
             else:
                 one.fallbacks += 1
-            if outcome == remote.FAILED:
+            if outcome == remote.FAILED and phase in _SUSPECT:
                 one.failures += 1
                 self._suspects.add(name)
                 if one.failures >= _FAILURES:
-                    one.aside = True
-                    one.fail(f'{one.failures} resumes in a row failed; the '
-                             f'last ({phase}): {reason}')
+                    one.put_aside(
+                        f'{one.failures} resumes in a row failed; the last '
+                        f'({phase}): {reason}')
         LOG.info('the µVM of image %s: %s %s %s', one.name.image, outcome,
                  phase, reason)
         self._changed()
@@ -549,6 +568,9 @@ class Microvms:
         if found is None or not self._learned:
             return
         before = self.rows()
+        with self._mutex:
+            for one in self._known.values():
+                one.reconsider()
         chosen = self._choose()
         keep = {one.entry.manifest for one in chosen}
         for name in self._artifacts.names() - keep:
@@ -663,8 +685,8 @@ class Microvms:
                 one.damages += 1
                 one.mend()
                 if one.damages >= _FAILURES:
-                    one.aside = True
-                    one.fail(f'it was damaged again and again: {words}')
+                    one.put_aside(
+                        f'it was damaged again and again: {words}')
         self.keeper.wake()
 
     def _fill(self) -> None:

@@ -98,6 +98,21 @@ def test_resumed(world, notices):  # noqa: F811
         'disk', 'disk.info'}
 
 
+@pytest.mark.parametrize('runs', [True, False])
+def test_a_guest_that_ended_before_its_links(world, runs):
+    """It was rebooting: the agent starts it, with its links."""
+    def link():
+        raise libvirt.libvirtError('not running')
+
+    guest = spawn.Guest(types.SimpleNamespace(
+        domain=types.SimpleNamespace(isActive=lambda: runs), link=link))
+    if not runs:
+        guest.resume()
+        return
+    with pytest.raises(libvirt.libvirtError):
+        guest.resume()
+
+
 def is_fresh(world):
     return overlay.is_empty(world.path) and not \
         world.path.read_bytes().endswith(b'baked') and \

@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import os
 import shutil
+import time
 import uuid
 
 import microvms as made
@@ -332,6 +333,26 @@ def test_put_aside(place):
     place.one = place.begin()
     place.look()
     assert place.state() == 'ready'
+
+
+def test_put_aside_for_a_while(place, monkeypatch):
+    monkeypatch.setattr(microvms, '_AGAIN', .2)
+    place.add('one')
+    place.look()
+    place.fail(3, phase='plug')
+    assert place.state() == 'ready', 'the host may be to blame'
+    place.fail(3)
+    for seconds in (.2, .4):
+        assert place.state() == 'error'
+        began = time.monotonic()
+        while place.state() == 'error':
+            assert time.monotonic() - began < 10
+            place.look()
+            time.sleep(.02)
+        assert time.monotonic() - began > seconds / 2
+        # One more failure is enough.
+        place.fail()
+    assert place.state() == 'error'
 
 
 def damage(path):

@@ -260,6 +260,7 @@ class TestInstance:
 
     @pytest.mark.parametrize('old, new', [
         ('</devices>', '<hostdev/></devices>'),
+        ('<driver ', '<driver packed="on" '),
         ('</devices>', '<tpm/></devices>'),
         ('</devices>', '<vsock/></devices>'),
         ('</devices>', "<disk device='disk'><source file='/x'/>"
