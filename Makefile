@@ -11,7 +11,10 @@ GLANCE_TESTS = $(addprefix tests/functional/test_, builder.py \
 	glance_images.py import_plugin.py api_services.py)
 # They need libvirt's Python module, which it has, too.
 LIBVIRT_TESTS = $(addprefix tests/functional/test_, agent_resume.py \
-	microvm.py)
+	agent_reboots.py microvm.py)
+# They run Nova's code, and need no cloud.
+NOVA_TESTS = $(addprefix tests/openstack/test_, backend.py driver.py \
+	spawn.py)
 CLOUD_TESTS = FASTBOOT_SANDBOX=$(STATE)/sandbox $(CLOUD_PYTHON) -m pytest -q
 
 help:
@@ -65,8 +68,8 @@ test: test-cloud
 test-cloud:
 	@tools/prepare test sandbox
 	@$(SANDBOX) up
-	$(CLOUD_TESTS) -m 'not slow' tests/openstack/test_backend.py \
-		$(GLANCE_TESTS) $(LIBVIRT_TESTS)
+	$(CLOUD_TESTS) -m 'not slow' $(NOVA_TESTS) $(GLANCE_TESTS) \
+		$(LIBVIRT_TESTS)
 	$(CLOUD_TESTS) -m smoke tests/openstack
 	@$(SANDBOX) down
 
