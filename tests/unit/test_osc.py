@@ -27,7 +27,17 @@ URL = 'http://fastboot.invalid:9190'
 def centre(tmp_path, monkeypatch):
     monkeypatch.setattr(image, '_POLL_SECONDS', .01)
     monkeypatch.setattr(image.wait, '__defaults__', (.01,))
-    return make_centre(tmp_path, monkeypatch)
+    made = make_centre(tmp_path, monkeypatch)
+    made.notes = []
+
+    def sleep(seconds):
+        time.sleep(seconds)
+        if made.notes:
+            made.records.note_build(ONE, **made.notes.pop(0))
+
+    monkeypatch.setattr(image, 'time', types.SimpleNamespace(
+        sleep=sleep, monotonic=time.monotonic))
+    return made
 
 
 @pytest.fixture
@@ -162,25 +172,15 @@ def test_refresh(centre, run):
 
 
 def builder(centre, *notes):
-    """A builder that says these things, one after the other."""
-    def work():
-        while not centre.board.posted:
-            time.sleep(.01)
-        for note in notes:
-            time.sleep(.05)
-            centre.records.note_build(ONE, **note)
-
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    return thread
+    """A builder that says these things, one between two looks each."""
+    centre.notes.extend(notes)
 
 
 def test_wait(centre, run, capsys):
-    thread = builder(centre, {'state': 'building', 'stage': 'fetch'},
-                     {'state': 'building', 'stage': 'boot'},
-                     {'state': 'ready', 'version': 1})
+    builder(centre, {'state': 'building', 'stage': 'fetch'},
+            {'state': 'building', 'stage': 'boot'},
+            {'state': 'ready', 'version': 1})
     row, = run(image.Refresh, ONE, '--wait')
-    thread.join()
     assert row['State'] == 'ready'
     said = capsys.readouterr().err
     assert f'{ONE}: building fetch' in said
@@ -189,21 +189,19 @@ def test_wait(centre, run, capsys):
 
 def test_wait_on_a_terminal(centre, run, monkeypatch, capsys):
     monkeypatch.setattr('sys.stderr.isatty', lambda: True)
-    thread = builder(
+    builder(
         centre, {'state': 'building', 'stage': 'boot', 'progress': .5},
         {'state': 'ready'})
     run(image.Refresh, ONE, '--wait')
-    thread.join()
     said = capsys.readouterr().err
     assert 'boot 50%' in said
     assert said.endswith('\r\x1b[K')
 
 
 def test_wait_for_a_failure(centre, run):
-    thread = builder(centre, {'state': 'error', 'error': 'does not boot'})
+    builder(centre, {'state': 'error', 'error': 'does not boot'})
     with pytest.raises(exceptions.CommandError, match='does not boot'):
         run(image.Refresh, ONE, '--wait')
-    thread.join()
 
 
 def test_wait_has_an_end(centre, run):
