@@ -129,22 +129,24 @@ def hook() -> str:
     """libvirt's hook: what it calls when a guest has started.
 
     libvirt makes the taps here, and makes them anew when a guest is started
-    again. The userspace datapath goes on with the old one's socket then
-    (Open vSwitch 3.1), so its port is made anew, once it was wired.
+    again. The userspace datapath may go on with the old one's socket then
+    (Open vSwitch 3.1): it has not made the new one promiscuous. Its port is
+    made anew, so slowly that Neutron's agent, which looks every 2 seconds,
+    sees it go and come.
     """
     return '''\
 #!/bin/sh
 [ "$2" = started ] || exit 0
-for tap in $(grep -o "dev='tap[0-9a-f-]*'" | cut -d "'" -f 2); do
-    case "$(ovs-vsctl --timeout=5 --if-exists get Port "$tap" tag)" in
-    [0-9]*) ;;
-    *) continue ;;
-    esac
-    ids=$(ovs-vsctl --timeout=5 get Interface "$tap" external_ids)
-    # In one transaction, nothing would change.
-    ovs-vsctl --timeout=5 del-port "$tap"
-    ovs-vsctl --timeout=5 add-port br-int "$tap" \\
-        -- set Interface "$tap" "external_ids=$ids"
-done
-exit 0
+taps=$(grep -o "dev='tap[0-9a-f-]*'" | cut -d "'" -f 2)
+mend() {
+    sleep 2
+    for tap in $taps; do
+        ip link show "$tap" | grep -q PROMISC && continue
+        ids=$(ovs-vsctl --timeout=5 get Interface "$tap" external_ids) &&
+            ovs-vsctl --timeout=5 del-port "$tap" && sleep 5 &&
+            ovs-vsctl --timeout=5 add-port br-int "$tap" \\
+                -- set Interface "$tap" "external_ids=$ids"
+    done
+}
+mend </dev/null >/dev/null 2>&1 &
 '''
