@@ -25,6 +25,9 @@ pytest.importorskip('openstackclient')
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 ONE = '11111111-1111-4111-8111-111111111111'
 NEW = '33333333-3333-4333-8333-333333333333'
+#: The newest migration: a release adds one without a word here.
+TABLES = max(path.name[:4] for path in (
+    ROOT / 'fastboot_glance/migrations/versions').glob('r*.py'))
 
 _CONF = """
 [DEFAULT]
@@ -212,7 +215,7 @@ def test_manage(cloud):
                        str(cloud.conf), *words)
 
     assert manage('db', 'sync').returncode == 0
-    assert manage('db', 'version').stdout.strip() == 'r003'
+    assert manage('db', 'version').stdout.strip() == TABLES
     with sqlite3.connect(cloud.path / 'fastboot.sqlite') as database:
         found = {row[0] for row in database.execute(
             'select name from sqlite_master')}
@@ -238,7 +241,8 @@ def test_status_of_the_centre(cloud, tmp_path):
     assert done.returncode == 1, done.stdout  # no message bus
     assert {name: row['result'] for name, row in found.items()
             if row['result']} == {'Message bus': 1}
-    assert found['Database']['details'] == 'the tables have version r003'
+    assert (found['Database']['details']
+            == f'the tables have version {TABLES}')
     assert 'version 1 with 1 images' in found['Repository']['details']
     assert 'image_import_plugins' in found['Import plugin in Glance'][
         'details']
