@@ -17,6 +17,8 @@ DEFAULT_BLOCK_SIZE: Final = 16384
 DIGEST: Final = 32
 #: Bytes of a page of memory. No block is smaller.
 PAGE: Final = 4096
+#: Bytes that are looked at at once.
+_PIECE: Final = 1 << 20
 
 Blocks = npt.NDArray[np.int64]
 
@@ -64,6 +66,13 @@ def write_exactly(fd: int, data: bytes | bytearray | memoryview,
                 f'writing {len(view)} bytes at {offset}: {error.strerror}'
             ) from error
         raise
+
+
+def are_zeros(fd: int, start: int, end: int) -> bool:
+    """Whether no byte from `start` to `end` is set."""
+    return not any(
+        any(read_exactly(fd, min(_PIECE, end - at), at))
+        for at in range(start, end, _PIECE))
 
 
 def nonzero(data: bytes | bytearray | memoryview,

@@ -639,12 +639,15 @@ class Volume:
         if self._cursor + length > self._limit:
             self._find_gap(length)
         offset = self._cursor
-        # Free space is a hole. Were it not, someone's data would be lost.
+        # Free space reads as zeros. Did it not, someone's data would be
+        # lost. It need not be a hole: who copies or restores a sparse file
+        # rounds holes, some to more than a cluster.
         for start, end in files.data_ranges(self._fd, offset,
                                             offset + length):
-            raise exception.Corrupt(
-                f'{self.file}: bytes {start} to {end} should be free and '
-                f'are not; run volume check')
+            if not blocks.are_zeros(self._fd, start, end):
+                raise exception.Corrupt(
+                    f'{self.file}: bytes {start} to {end} should be free '
+                    f'and are not; run volume check')
         self._cursor += length
         self._end = max(self._end, self._cursor)
         return offset

@@ -235,6 +235,26 @@ def test_the_boot_set_is_one_run(world):
         assert set(np.diff(offsets).tolist()) == {4096}
 
 
+def test_free_space_that_is_no_hole(world):
+    """Zeros are free, as who copies a sparse file rounds holes; others' bytes
+    are refused once, and the next operation knows whose they are."""
+    for name, number in (('one', 1), ('two', 2), ('three', 3)):
+        world.publish(name, disk(20 * 4096, number), range(20))
+    with world.host() as host, world.export():
+        host.sync()
+        host.acquire('one', 'guest')
+        one, _ = host.find('one')
+        os.pwrite(one._fd, bytes(3 * 4096), one._end)
+        host.acquire('two', 'guest')
+        assert check(host, world, 'two') == 0
+        os.pwrite(one._fd, b'x', one._end + 5000)
+        with pytest.raises(exception.Corrupt, match='should be free'):
+            host.acquire('three', 'guest')
+        host.acquire('three', 'guest')
+        for name in ('one', 'two', 'three'):
+            assert check(host, world, name) == 0
+
+
 def test_visibility(world):
     data = disk(50 * 4096, 1)
     world.publish('public', data)
