@@ -14,10 +14,10 @@ from typing import Final
 
 from fastboot_common import exception
 
-VERSION: Final = 1
+VERSION: Final = 2
 #: Raised whenever guests are prepared in another way: what was baked before
 #: is baked anew.
-RECIPE: Final = 4
+RECIPE: Final = 5
 #: Bytes that the guest's generator of random numbers gets.
 ENTROPY: Final = 64
 
@@ -26,8 +26,8 @@ QUIET: Final = 'QUIET'
 FAILED: Final = 'FAILED'
 REFUSED: Final = 'REFUSED'
 #: The stages behind ACTIVATE, in their order.
-STAGES: Final = ('RANDOM', 'CLOCK', 'PLUGGED', 'IDENTITY', 'LOCAL',
-                 'NETWORK', 'SERVICES', 'DONE')
+STAGES: Final = ('RANDOM', 'CLOCK', 'PLUGGED', 'IDENTITY', 'LINKED',
+                 'LOCAL', 'NETWORK', 'SERVICES', 'DONE')
 #: With this one the guest is somebody.
 IDENTITY: Final = 'IDENTITY'
 DONE: Final = 'DONE'
@@ -88,7 +88,8 @@ def parse(line: bytes) -> Line | None:
 
 
 def request(uuid: str, hostname: str, clock: float, *, vcpus: int = 1,
-            memory: int = 0, entropy: bytes | None = None) -> bytes:
+            memory: int = 0, interfaces: int = 0,
+            entropy: bytes | None = None) -> bytes:
     """The line that makes a copy a server.
 
     :param uuid: of the server.
@@ -96,6 +97,7 @@ def request(uuid: str, hostname: str, clock: float, *, vcpus: int = 1,
     :param clock: seconds since 1970.
     :param vcpus: that the guest is to switch on, all together.
     :param memory: MiB that were plugged.
+    :param interfaces: whose links it is to wait for before cloud-init.
     :param entropy: for the guest's generator; None: new; empty: none, with
         which copies are alike, as only a test may want them.
     :raises Invalid: the guest could take it for something else.
@@ -107,7 +109,8 @@ def request(uuid: str, hostname: str, clock: float, *, vcpus: int = 1,
     if entropy is None:
         entropy = secrets.token_bytes(ENTROPY)
     return (f'ACTIVATE {VERSION} {uuid} {hostname} {clock:.3f} {vcpus:d} '
-            f'{memory:d} {entropy.hex() or "-"}\n').encode('ascii')
+            f'{memory:d} {interfaces:d} {entropy.hex() or "-"}\n'
+            ).encode('ascii')
 
 
 def hostname(name: str) -> str:

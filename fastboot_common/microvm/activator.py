@@ -30,14 +30,18 @@ import types
 
 PORT = '/dev/virtio-ports/org.openstack.fastboot.0'
 RNDADDENTROPY, RNDRESEEDCRNG = 0x40085203, 0x5207
+SIOCGIFFLAGS, SIOCSIFFLAGS, IFF_UP = 0x8913, 0x8914, 1
 LINE_LIMIT = 4096
 SETTLE_SECONDS = 180
 PLUG_SECONDS = 8
+#: The links come when Nova and Neutron are ready; Nova's limit is 300.
+LINK_SECONDS = 600
 KEY_SECONDS = 30
 #: MiB that stay free when the rest is wiped, and bytes wiped at a time.
 WIPE_MARGIN, WIPE_PIECE = 10, 4 << 20
 MEMORY = '/sys/devices/system/memory/memory[0-9]*'
 CPUS = '/sys/devices/system/cpu/cpu[0-9]*'
+INTERFACES = '/sys/class/net/*/device'
 #: Of a server's first boot; whoever has them twice has two servers.
 STATE = ('/var/lib/cloud/instance', '/var/lib/cloud/instances',
          '/var/lib/cloud/data', '/var/lib/cloud/sem', '/run/cloud-init')
@@ -56,6 +60,7 @@ KEPT = re.compile(
     r'\.service')
 NETWORK = ('systemd-networkd.service', 'systemd-resolved.service',
            'NetworkManager.service')
+ONLINE_SECONDS = 150
 MODULES = ('cloudinit.config', 'cloudinit.sources', 'cloudinit.net',
            'cloudinit.distros', 'cloudinit.handlers', 'cloudinit.reporting')
 SOURCES = ('DataSourceConfigDrive', 'DataSourceOpenStack', 'DataSourceNone')
@@ -329,6 +334,57 @@ def keygens(directory: str, hostname: str
         for kind in ('ed25519', 'ecdsa')]
 
 
+def interfaces() -> 'list[str]':
+    """The names of those that are hardware."""
+    return [path.split('/')[-2] for path in glob.glob(INTERFACES)]
+
+
+def switch(name: str, up: bool) -> bool:
+    """Set an interface up or down; whether it was otherwise."""
+    request = struct.Struct('16sh22x')
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
+            flags = request.unpack(fcntl.ioctl(
+                control, SIOCGIFFLAGS, request.pack(name.encode(), 0)))[1]
+            if bool(flags & IFF_UP) == up:
+                return False
+            fcntl.ioctl(control, SIOCSIFFLAGS, request.pack(
+                name.encode(), flags ^ IFF_UP))
+            return True
+    except OSError as error:  # it is gone
+        print(name, error, file=sys.stderr)
+        return False
+
+
+def has_link(name: str) -> bool:
+    """Whether an interface, which is up, has a carrier."""
+    try:
+        return read('/sys/class/net/' + name + '/carrier') == '1'
+    except OSError:
+        return False
+
+
+def wait_for_links(count: int) -> None:
+    """Wait until the host has raised the links of its interfaces.
+
+    It does so when Nova and Neutron are ready, for which a server that boots
+    waits, too, before its first instruction. Only an interface that is up
+    tells; it is left as it was, as cloud-init is used to.
+    """
+    deadline = time.monotonic() + LINK_SECONDS
+    plugged = time.monotonic() + PLUG_SECONDS
+    while len(interfaces()) < count and time.monotonic() < plugged:
+        time.sleep(0.02)
+    # Names that udev gives are not taken by an interface that is up.
+    run('udevadm', 'settle', '--timeout=10')
+    found = interfaces() if count else []
+    raised = [name for name in found if switch(name, True)]
+    while not all(map(has_link, found)) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    for name in raised:
+        switch(name, False)
+
+
 def stage(main: 'types.ModuleType', *words: str) -> int:
     """One of cloud-init's stages, in a child; its status."""
     child = os.fork()
@@ -359,7 +415,6 @@ def be_born(port: int, main: 'types.ModuleType', services: 'list[str]',
     # The keys are new already, and clients may have seen them.
     write(RUNTIME, 'datasource_list: [ ConfigDrive, OpenStack, None ]\n'
                    'ssh_deletekeys: false\n')
-    run('udevadm', 'settle', '--timeout=10')
     status = stage(main, 'init', '--local')
     say(port, 'LOCAL', status)
     network = [name for name in NETWORK if name in services]
@@ -367,6 +422,10 @@ def be_born(port: int, main: 'types.ModuleType', services: 'list[str]',
         run('systemctl', 'restart', *network)
     elif shutil.which('ifup'):
         run('systemctl', 'restart', 'networking.service')
+    for name in network:  # as a boot does before the second stage
+        unit = name.replace('.service', '-wait-online.service')
+        if run('systemctl', 'is-enabled', '--quiet', unit) == 0:
+            run('systemctl', 'restart', unit, timeout=ONLINE_SECONDS)
     say(port, 'NETWORK')
     status = stage(main, 'init') or status
     if machine:
@@ -383,9 +442,9 @@ def be_born(port: int, main: 'types.ModuleType', services: 'list[str]',
 def activate(port: int, main: 'types.ModuleType', words: 'list[str]',
              services: 'list[str]', blocks: int, machine: str) -> None:
     """Take the words of the host, in order of their urgency."""
-    version, uuid, hostname, clock, cpus, memory, entropy = words
-    if version != '1':
-        raise ValueError('this activator speaks version 1')
+    if words[0] != '2':
+        raise ValueError('this activator speaks version 2')
+    uuid, hostname, clock, cpus, memory, links, entropy = words[1:]
     if entropy != '-':
         randomize(bytes.fromhex(entropy))
     say(port, 'RANDOM')
@@ -399,6 +458,8 @@ def activate(port: int, main: 'types.ModuleType', words: 'list[str]',
     for key in keys:
         key.wait(KEY_SECONDS)
     say(port, 'IDENTITY')
+    wait_for_links(int(links))
+    say(port, 'LINKED')
     be_born(port, main, services, machine)
 
 

@@ -86,6 +86,42 @@ rehearse() {
     udevadm settle --timeout=10
 }
 
+names() {
+    for one in /sys/class/net/*/device; do
+        [ ! -e "$one" ] || basename "${one%/device}"
+    done
+}
+
+linked() {
+    for one in $(names); do
+        [ "$(cat "/sys/class/net/$one/carrier")" = 1 ] || return
+    done
+}
+
+# See activator.py.
+links() {
+    tries=0
+    while [ "$(names | wc -l)" -lt "$1" ] && [ $tries -lt 40 ]; do
+        tries=$((tries + 1))
+        sleep 0.2
+    done
+    udevadm settle --timeout=10
+    [ "$1" -gt 0 ] || return 0
+    raised=
+    for one in $(names); do
+        [ $(($(cat "/sys/class/net/$one/flags") & 1)) = 0 ] || continue
+        ip link set "$one" up && raised="$raised $one"
+    done
+    tries=0
+    until linked || [ $tries -ge 3000 ]; do
+        tries=$((tries + 1))
+        sleep 0.2
+    done
+    for one in $raised; do
+        ip link set "$one" down
+    done
+}
+
 rename() {
     echo "$1" | tr -d - > /etc/machine-id
     if [ -f /var/lib/dbus/machine-id ] && [ ! -L /var/lib/dbus/machine-id ]
@@ -145,7 +181,8 @@ find /var/log -maxdepth 1 -type f -newer /proc/1 \
 before=$(blocks)
 possible=$(sed 's/.*[,-]//' /sys/devices/system/cpu/possible)
 say READY $((possible + 1))
-while read -r word version uuid name clock count memory entropy <&3; do
+while read -r word version uuid name clock count memory links entropy <&3
+do
     case $word in
     QUIESCE)
         sync
@@ -156,7 +193,7 @@ while read -r word version uuid name clock count memory entropy <&3; do
     ACTIVATE) break ;;
     esac
 done
-[ "$version" = 1 ] || fail
+[ "$version" = 2 ] || fail
 [ "$entropy" = - ] || randomize "$entropy" || fail
 say RANDOM
 date -s "@$clock" >/dev/null || fail
@@ -166,11 +203,12 @@ plug "$count" $((before + memory * 1048576 / size)) || fail
 say PLUGGED
 rename "$uuid" "$name" || fail
 say IDENTITY
+links "$links" 2>/dev/null
+say LINKED
 mkdir -p /run/cloud-init
 : > /run/cloud-init/enabled
 printf '%s\n' 'datasource_list: [ ConfigDrive, OpenStack, None ]' \
     'ssh_deletekeys: false' > /run/cloud-init/cloud.cfg
-udevadm settle --timeout=10
 log=/var/log/cloud-init-output.log
 status=0
 cloud-init init --local >> $log 2>&1 || status=1
@@ -178,9 +216,11 @@ say LOCAL $status
 for one in systemd-networkd systemd-resolved NetworkManager networking; do
     if [ $one = networking ] || echo "$stopped" | grep -q "^$one.service"
     then
-        systemctl restart $one.service 2>/dev/null
+        systemctl restart $one.service
+        systemctl is-enabled --quiet $one-wait-online.service &&
+            timeout 150 systemctl restart $one-wait-online.service
     fi
-done
+done 2>/dev/null
 say NETWORK
 cloud-init init >> $log 2>&1 || status=1
 rm -rf "/var/log/journal/${machine:?}"

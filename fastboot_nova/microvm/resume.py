@@ -234,6 +234,7 @@ class _Resume:
         return activation.request(
             str(self._instance.uuid), self._spec.hostname, time.time(),
             vcpus=self._instance.vcpus, memory=self._instance.memory,
+            interfaces=len(self._instance.interfaces),
             entropy=self._spec.entropy)
 
     def _wait(self, port: '_Port', done: Resumed) -> None:

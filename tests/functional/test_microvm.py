@@ -287,6 +287,23 @@ def test_copies_are_servers_of_their_own(servers, hypervisor, baked):
                        '/home/*/.ssh/authorized_keys 2>/dev/null')
 
 
+def test_cloud_init_waits_for_the_links(servers):
+    """Nova raises them when Neutron is ready, which may take longer than
+    the guest."""
+    one = with_interface(servers('linked'))
+    done = one.resume(linked=False)
+    time.sleep(20)
+    assert one.run('ls /run/fastboot') and not one.run(
+        'ls /run/cloud-init/enabled /mark 2>/dev/null')
+    done.link()
+    deadline = time.monotonic() + PATIENCE
+    while one.run('cat /mark 2>/dev/null') != one.uuid:
+        assert time.monotonic() < deadline
+        time.sleep(1)
+    assert '10.0.2.15' in one.run('ip -4 address')
+    assert not one.run('systemctl --failed --no-legend')
+
+
 def test_without_entropy_copies_are_alike(servers):
     numbers = 'i=0; while [ $i -lt 2000 ]; do read x < ' \
         '/proc/sys/kernel/random/uuid; echo $x; i=$((i+1)); done'

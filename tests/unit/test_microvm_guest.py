@@ -65,9 +65,10 @@ class TestRequest:
 
     def test_its_words(self):
         line = activation.request(str(OTHER), 'web-1.example.org', 1.5,
-                                  vcpus=2, memory=512, entropy=b'\1\2')
-        assert line == (f'ACTIVATE 1 {OTHER} web-1.example.org 1.500 2 512 '
-                        f'0102\n').encode()
+                                  vcpus=2, memory=512, interfaces=3,
+                                  entropy=b'\1\2')
+        assert line == (f'ACTIVATE 2 {OTHER} web-1.example.org 1.500 2 512 '
+                        f'3 0102\n').encode()
 
     def test_entropy_is_new_each_time(self):
         one, two = (activation.request(str(OTHER), 'a', 0).split()[-1]
@@ -145,7 +146,7 @@ class TestActivator:
     def test_order(self, monkeypatch):
         told, done = [], []
         for name in ('randomize', 'begin_keys', 'wait_for_hardware',
-                     'rename', 'be_born'):
+                     'rename', 'wait_for_links', 'be_born'):
             monkeypatch.setattr(
                 activator, name,
                 lambda *args, name=name: done.append(name) or [])
@@ -158,8 +159,44 @@ class TestActivator:
         main = types.ModuleType('main')
         activator.activate(3, main, words, [], 4, 'x')
         assert done == ['randomize', 'clock', 'begin_keys',
-                        'wait_for_hardware', 'rename', 'be_born']
-        assert tuple(told) == activation.STAGES[:4]
+                        'wait_for_hardware', 'rename', 'wait_for_links',
+                        'be_born']
+        assert tuple(told) == activation.STAGES[:5]
+
+    def test_links(self, monkeypatch):
+        """It waits for those of all, and leaves them as they were."""
+        here, up, asked = ['e0'], {'e1'}, []
+
+        def switch(name, on):
+            was = name in up
+            (up.add if on else up.discard)(name)
+            return was != on
+
+        def has_link(name):
+            asked.append(name)
+            return name in up and asked.count(name) > 2
+        monkeypatch.setattr(activator, 'interfaces', lambda: here[:])
+        monkeypatch.setattr(activator, 'run', lambda *words: 0)
+        monkeypatch.setattr(activator.time, 'sleep',
+                            lambda seconds: here.append('e1')
+                            if 'e1' not in here else None)
+        monkeypatch.setattr(activator, 'switch', switch)
+        monkeypatch.setattr(activator, 'has_link', has_link)
+        activator.wait_for_links(0)
+        assert not asked and here == ['e0']
+        activator.wait_for_links(2)
+        assert asked.count('e0') > 2 and asked.count('e1') > 2
+        assert up == {'e1'}
+
+    def test_links_that_never_come(self, monkeypatch):
+        monkeypatch.setattr(activator, 'LINK_SECONDS', .1)
+        monkeypatch.setattr(activator, 'PLUG_SECONDS', .1)
+        monkeypatch.setattr(activator, 'interfaces', lambda: [])
+        monkeypatch.setattr(activator, 'run', lambda *words: 0)
+        activator.wait_for_links(1)
+        monkeypatch.setattr(activator, 'interfaces', lambda: ['nothing'])
+        monkeypatch.setattr(activator, 'switch', lambda name, on: True)
+        activator.wait_for_links(1)
 
     def test_a_rehearsal_leaves_nothing(self, monkeypatch, tmp_path):
         ran = []
@@ -184,7 +221,7 @@ class TestActivator:
     def test_another_version_is_refused(self):
         with pytest.raises(ValueError):
             activator.activate(3, types.ModuleType('main'),
-                               ['2', 'u', 'h', '1', '1', '0', '-'], [], 4,
+                               ['1', 'u', 'h', '1', '1', '0', '-'], [], 4,
                                'x')
 
     @pytest.mark.parametrize('name, kept', [
