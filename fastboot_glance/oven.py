@@ -38,6 +38,7 @@ namespaces = []
 security_driver = "none"
 seccomp_sandbox = 1
 save_image_format = "raw"
+max_core = 0
 """
 _UNPLUG_SECONDS: Final = 60
 _QUIESCE_SECONDS: Final = 60

@@ -16,7 +16,8 @@ import libvirt
 from fastboot_common import exception
 
 #: Guests have the rights of who starts them. Without name spaces, for libvirt
-#: moves all that is mounted below /dev into those that it makes.
+#: moves all that is mounted below /dev into those that it makes. Without
+#: cores: libvirt 11 wants to raise their limit, which needs a capability.
 _EMBEDDED: Final = """\
 stdio_handler = "file"
 cgroup_controllers = []
@@ -25,6 +26,7 @@ security_driver = "none"
 remember_owner = 0
 user = "root"
 group = "root"
+max_core = 0
 """
 
 

@@ -165,6 +165,10 @@ class _Resume:
             with _port(self._connection, domain) as port:
                 port.send(self._request(), _SEND_SECONDS)
                 domain.resume()
+                # The disk has this size; the guest is told. QEMU 10 resizes
+                # nothing before, as its disks are inactive until then.
+                domain.blockResize(template.ROOT, self._spec.disk_size,
+                                   libvirt.VIR_DOMAIN_BLOCK_RESIZE_BYTES)
                 self._enter('wait')
                 done = Resumed(domain, self._seconds,
                                self._instance.interfaces)
@@ -227,8 +231,6 @@ class _Resume:
             domain.attachDeviceFlags(
                 document.text_of(clone.linked(interface, 'up')), live)
             _set_link(domain, interface, 'down')
-        domain.blockResize(template.ROOT, self._spec.disk_size,
-                           libvirt.VIR_DOMAIN_BLOCK_RESIZE_BYTES)
 
     def _request(self) -> bytes:
         return activation.request(
