@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # "make demo" and "make test" need nothing but a fresh Debian 12.
 .PHONY: help prepare sandbox sandbox-down demo demo-standalone test test-all \
-	test-cloud tempest faults resumes fuzz lint docs bench clean
+	test-cloud tempest faults resumes newer fuzz lint docs bench clean
 
 STATE ?= $(CURDIR)/.state
 SANDBOX = tools/sandbox --state-dir $(STATE)/sandbox
@@ -30,6 +30,8 @@ help:
 	@echo '                      their disks [FAULTS=500] [SEED=1]'
 	@echo 'make resumes          resume servers while what it takes breaks'
 	@echo '                      [RESUMES=200] [SEED=1]'
+	@echo 'make newer            bake and resume with the QEMU and libvirt of a'
+	@echo '                      newer Debian [SUITE=trixie]'
 	@echo 'make fuzz             give all parsers of outside bytes any bytes'
 	@echo '                      [FUZZ_SECONDS=600] [TARGETS="pack manifest"]'
 	@echo 'make bench            benchmarks; results in bench/results'
@@ -104,6 +106,11 @@ resumes:
 	$(CLOUD_PYTHON) tests/faults/resumes.py --state-dir $(STATE)/sandbox \
 		--resumes $(RESUMES) --seed $(SEED)
 	@$(SANDBOX) down
+
+newer:
+	@tools/prepare test
+	tools/debian $(STATE) $(or $(SUITE),trixie) sh -c 'tools/prepare microvm \
+		&& .venv/bin/python -m pytest -q tests/functional/test_microvm.py'
 
 FUZZ_SECONDS ?= 600
 
