@@ -53,6 +53,14 @@ def listens(path: pathlib.Path) -> Check:
     return check
 
 
+def listens_inside(path: str) -> Check:
+    """The same, with the name that the socket has on the service's node."""
+    def check(record: Record) -> bool:
+        return listens(pathlib.Path(
+            f'/proc/{record.pid}/root{path}'))(record)
+    return check
+
+
 def listens_at(port: int) -> Check:
     """Something accepts connections on a port of this machine."""
     def check(record: Record) -> bool:

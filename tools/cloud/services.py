@@ -21,6 +21,7 @@ from cloud.ready import (
     compute_beats,
     listens,
     listens_at,
+    listens_inside,
     lives,
     says,
 )
@@ -264,7 +265,8 @@ def _host(layout: Layout, node: Node, rest: Rest) -> list[Service]:
                 ('ovsdb-server', '/run/openvswitch/conf.db',
                  '--remote=punix:/run/openvswitch/db.sock',
                  '--unixctl=/run/openvswitch/ovsdb.ctl', '-vconsole:warn'),
-                lives(.3), (f'ovs files@{name}',)),
+                listens_inside('/run/openvswitch/db.sock'),
+                (f'ovs files@{name}',)),
         Service(f'vswitchd@{name}', name,
                 ('ovs-vswitchd', 'unix:/run/openvswitch/db.sock',
                  '--unixctl=/run/openvswitch/vswitchd.ctl',
