@@ -265,10 +265,9 @@ class Agent:
         :raises NotFound: there is none here, or nobody would start the
             guest again when it reboots; and why.
         """
-        if not self._reboots.watching:
-            raise exception.NotFound(
-                'libvirt tells no reboots of guests to this host\'s agent')
-        return self._microvms.take(image_id, holder)
+        return self._microvms.take(
+            image_id, holder, '' if self._reboots.watching else
+            'libvirt tells no reboots of guests to this host\'s agent')
 
     def dress(self, token: str, xml: str) -> None:
         """See :meth:`microvms.Microvms.dress`."""

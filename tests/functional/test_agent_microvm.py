@@ -38,17 +38,25 @@ pytestmark = [
 ]
 SIZE = 600 * 4096
 LIBVIRT = '''
+import time
 class libvirtError(Exception): pass
 VIR_CONNECT_LIST_DOMAINS_ACTIVE = 1
 def registerErrorHandler(call, context): pass
+def virEventRegisterDefaultImpl(): pass
+def virEventRunDefaultImpl(): time.sleep(1)
 class Connection:
     def getCapabilities(self): return "<domain type='qemu'/>"
     def listAllDomains(self, flags): return []
+    def isAlive(self): return True
+    def setKeepAlive(self, interval, count): pass
     def close(self): pass
 def open(uri):
     import os
     if os.path.exists(uri): raise libvirtError('it is down')
     return Connection()
+'''
+LIBVIRT_QEMU = '''
+def qemuMonitorEventRegister(connection, domain, event, call, opaque): pass
 '''
 
 
@@ -70,6 +78,7 @@ def world():
         microvms.make(path / 'baked', stream, size=SIZE, group=here())
         (path / 'modules').mkdir()
         (path / 'modules' / 'libvirt.py').write_text(LIBVIRT)
+        (path / 'modules' / 'libvirt_qemu.py').write_text(LIBVIRT_QEMU)
         yield made
 
 
