@@ -58,6 +58,8 @@ KEPT = re.compile(
     r'(systemd-(journald|udevd|logind)|dbus|dbus-broker|qemu-(guest-agent|ga)'
     r'|(serial-|console-)?getty(@.*)?|user@.*|cloud-.*|fastboot-.*|polkit)'
     r'\.service')
+#: They went on, and show the name of the guest that was baked.
+PROMPTS = ('getty@*.service', 'serial-getty@*.service')
 NETWORK = ('systemd-networkd.service', 'systemd-resolved.service',
            'NetworkManager.service')
 ONLINE_SECONDS = 150
@@ -432,7 +434,7 @@ def be_born(port: int, main: 'types.ModuleType', services: 'list[str]',
         shutil.rmtree('/var/log/journal/' + machine, ignore_errors=True)
     others = [name for name in services if name not in NETWORK]
     run('systemctl', 'restart', '--no-block', 'systemd-journald.service',
-        *others)
+        *PROMPTS, *others)
     say(port, 'SERVICES')
     status = stage(main, 'modules', '--mode=config') or status
     status = stage(main, 'modules', '--mode=final') or status

@@ -225,7 +225,8 @@ say NETWORK
 cloud-init init >> $log 2>&1 || status=1
 rm -rf "/var/log/journal/${machine:?}"
 # shellcheck disable=SC2086
-systemctl restart --no-block systemd-journald.service $stopped
+systemctl restart --no-block systemd-journald.service 'getty@*.service' \
+    'serial-getty@*.service' $stopped
 say SERVICES
 cloud-init modules --mode=config >> $log 2>&1 || status=1
 cloud-init modules --mode=final >> $log 2>&1 || status=1

@@ -133,6 +133,8 @@ def test_a_server_of_its_own(user, image, start):
     assert one.id in one.shell('curl -s http://169.254.169.254/openstack/'
                                'latest/meta_data.json')
     one.shell('cloud-init status --wait', 600)
+    user.wait(lambda: 'uvm login:' in user.console(one.server), 60,
+              'a prompt with its name')
     assert one.shell('cloud-init status').startswith('status: done')
     assert one.shell('cat /var/lib/cloud/data/instance-id') == f'{one.id}\n'
     one.give()
