@@ -359,9 +359,11 @@ def switch(name: str, up: bool) -> bool:
 
 
 def has_link(name: str) -> bool:
-    """Whether an interface, which is up, has a carrier."""
+    """Whether an interface, which is up, has a carrier, or is gone."""
     try:
         return read('/sys/class/net/' + name + '/carrier') == '1'
+    except FileNotFoundError:
+        return True  # it was unplugged: none is to come
     except OSError:
         return False
 

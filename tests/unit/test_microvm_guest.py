@@ -188,6 +188,17 @@ class TestActivator:
         assert asked.count('e0') > 2 and asked.count('e1') > 2
         assert up == {'e1'}
 
+    @pytest.mark.parametrize('found, has', [
+        ('1', True), ('0', False), (OSError(22, 'it is down'), False),
+        (FileNotFoundError(), True)])
+    def test_a_link(self, monkeypatch, found, has):
+        def read(path):
+            if isinstance(found, OSError):
+                raise found
+            return found
+        monkeypatch.setattr(activator, 'read', read)
+        assert activator.has_link('e0') is has
+
     def test_links_that_never_come(self, monkeypatch):
         monkeypatch.setattr(activator, 'LINK_SECONDS', .1)
         monkeypatch.setattr(activator, 'PLUG_SECONDS', .1)
