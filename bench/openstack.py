@@ -239,8 +239,7 @@ _SILENT = 2.0
 def _resumed(bench: Bench, image: str, log: str = 'resumed', **more: Any
              ) -> Boot:
     user = bench.user
-    user.wait(lambda: user.microvm(image, HOST).get('lanes', 0), 120,
-              'a lane')
+    user.wait_for_lanes(image, HOST, seconds=120)
     boot = bench.boot(image, **more)
     if not boot.log.startswith(log):
         raise RuntimeError(f'not {log}: {boot.log}')
@@ -260,8 +259,7 @@ def _damaged(bench: Bench, image: str) -> Boot:
     """A server whose lane has a device's state damaged, at its end."""
     user = bench.user
     user.sandbox('restart', AGENT)
-    user.wait(lambda: user.microvm(image, HOST).get('lanes', 0), 120,
-              'a lane')
+    user.wait_for_lanes(image, HOST, seconds=120)
     for lane in (user.home(HOST) / 'fastboot/host/microvms/lanes').iterdir():
         with lane.open('r+b') as file:
             file.seek(-(64 << 10), os.SEEK_END)

@@ -18,18 +18,14 @@ from typing import Final
 from fastboot_common import exception
 from fastboot_common.microvm import artifact, document, saved, template
 
-#: Of the definition: taken over as they are.
-_OWN: Final = saved.OWN
-#: Devices that the guest does not see, or sees alike in all machines.
-_BEHIND: Final = saved.BEHIND
 #: What a definition may have. Anything else asks for a machine that the
 #: template is not.
 _KNOWN: Final = frozenset((
-    *_OWN, 'genid', 'memory', 'currentMemory', 'maxMemory', 'vcpu',
+    *saved.OWN, 'genid', 'memory', 'currentMemory', 'maxMemory', 'vcpu',
     'sysinfo', 'os', 'features', 'cpu', 'clock', 'on_poweroff', 'on_reboot',
     'on_crash', 'pm', 'devices', 'perf', 'iothreads'))
 _KNOWN_DEVICES: Final = frozenset((
-    *_BEHIND, 'emulator', 'disk', 'controller', 'interface', 'channel',
+    *saved.BEHIND, 'emulator', 'disk', 'controller', 'interface', 'channel',
     'input', 'video', 'memballoon', 'rng', 'audio'))
 #: Others need a device of the host's, or memory that another shares.
 _INTERFACES: Final = frozenset(('bridge', 'ethernet', 'network', 'user'))
@@ -102,7 +98,7 @@ def live(xml: str, one: Instance) -> str:
     :raises Corrupt: that is no XML of ours.
     """
     tree = saved.parse(xml)
-    for tag in _OWN:
+    for tag in saved.OWN:
         _replace(tree, tag, one.tree.findall(tag))
     for event in ('on_poweroff', 'on_crash'):
         _replace(tree, event, one.tree.findall(event))
@@ -118,7 +114,7 @@ def live(xml: str, one: Instance) -> str:
     devices = tree.find('devices')
     if devices is None:
         raise exception.Corrupt('the saved domain has no devices')
-    for tag in _BEHIND:
+    for tag in saved.BEHIND:
         _replace(devices, tag, one.tree.findall(f'devices/{tag}'))
     if devices.find('serial') is None:
         # The machine has one, whoever reads it.

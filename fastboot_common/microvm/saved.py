@@ -15,9 +15,10 @@ from typing import Final
 from fastboot_common import exception
 from fastboot_common.microvm import document
 
-#: Replaced for each instance, with all that is in them.
+#: Replaced for each instance, with all that is in them. Of the definition:
 OWN: Final = ('name', 'uuid', 'title', 'description', 'metadata', 'cputune',
               'resource', 'seclabel')
+#: Devices that the guest does not see, or sees alike in all machines.
 BEHIND: Final = ('serial', 'console', 'graphics')
 ROOT_DISK: Final = ('driver', 'source', 'backingStore', 'iotune')
 #: What an element may have; of the others all that names no file.

@@ -212,8 +212,7 @@ def run(lab: Lab, image: str, count: int) -> Toll:
         fault = lab.rng.choice(FAULTS)
         host = lab.rng.choice(lab.hosts)
         for one in lab.hosts:
-            lab.user.wait(lambda host=one: lab.user.microvm(  # type: ignore
-                image, host).get('lanes', 0), 300, f'lanes on {one}')
+            lab.user.wait_for_lanes(image, one)
         try:
             with fault.inject(lab):
                 found = start(lab, image, host)

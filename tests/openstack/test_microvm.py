@@ -89,11 +89,6 @@ def image(user, guest):
         user.cloud.image.delete_image(found, ignore_missing=True)
 
 
-def wait_for_lanes(user, image, host, count=1):
-    user.wait(lambda: user.microvm(image, host).get('lanes', 0) >= count, 300,
-              f'lanes on {host}')
-
-
 @pytest.fixture
 def start(user, image, clean):
     """Starts a server where lanes are; it must be resumed, unless told
@@ -101,7 +96,7 @@ def start(user, image, clean):
     def one(host='h1', log='resumed', **more):
         more = {'flavor': FLAVOR, 'prompt': '', **more}
         if log:
-            wait_for_lanes(user, image, host)
+            user.wait_for_lanes(image, host)
         found = Guest(user, clean.boot(user.boot('uvm', image, host, **more)),
                       None)
         assert found.boot.log.startswith(log), found.boot.log
@@ -288,7 +283,7 @@ def test_without_a_config_drive(user, image, clean):
     """The metadata service is enough."""
     compute = user.cloud.compute
     network = user.cloud.network.find_network('private')
-    wait_for_lanes(user, image, 'h1')
+    user.wait_for_lanes(image, 'h1')
     server = compute.create_server(
         name='uvm', image_id=image, host='h1', key_name='sandbox',
         flavor_id=compute.find_flavor(FLAVOR).id,
@@ -329,7 +324,7 @@ def test_a_guest_that_stays_silent(user, start):
 
 def test_a_damaged_lane(user, image, start):
     """libvirt or QEMU refuses it; the next server has another."""
-    wait_for_lanes(user, image, 'h1', 2)
+    user.wait_for_lanes(image, 'h1', 2)
     places = list((user.home('h1') / 'fastboot/host/microvms').glob(
         'lanes/*'))
     assert places
@@ -339,20 +334,20 @@ def test_a_damaged_lane(user, image, start):
             file.write(b'\xff' * (1 << 20))
     one = start(log='resume failed')
     assert one.server.status == 'ACTIVE'
-    wait_for_lanes(user, image, 'h1')
+    user.wait_for_lanes(image, 'h1')
     # The other one may have been damaged, too.
     for _ in range(len(places)):
         one = start(log='')
         if one.is_resumed():
             return
-        wait_for_lanes(user, image, 'h1')
+        user.wait_for_lanes(image, 'h1')
     raise AssertionError('none was resumed any more')
 
 
 def test_the_agent_dies_on_the_way(user, image, start):
     """Between anything: the server becomes ACTIVE."""
     for seconds in (0.5, 1.5, 3.0):
-        wait_for_lanes(user, image, 'h1')
+        user.wait_for_lanes(image, 'h1')
         with concurrent.futures.ThreadPoolExecutor() as pool:
             begun = pool.submit(start, log='')
             time.sleep(seconds)

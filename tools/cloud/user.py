@@ -243,6 +243,16 @@ class User:
                     for host in self.layout.hosts):
                 return
 
+    def wait_for_lanes(self, image: str, host: str, count: int = 1,
+                       seconds: float = 300) -> None:
+        """Wait until so many lanes of an image's µVM wait on a host.
+
+        :raises CloudError: it takes longer.
+        """
+        self.wait(
+            lambda: self.microvm(image, host).get('lanes', 0) >= count,
+            seconds, f'lanes on {host}')
+
     def microvm(self, image: str, host: str) -> dict[str, Any]:
         """What the agent of a host says of an image's µVM."""
         rows = self.ask_agent(host, 'GET', '/v1/microvms').get('microvms')
