@@ -129,8 +129,8 @@ bench:
 		--state-dir $(STATE)/bench --suite $(SUITE) $(BENCH_RUNS)
 else
 bench:
-	@tools/prepare test bench $(filter microvm,$(SUITE))
-	LIBVIRT_DEBUG=4 .venv/bin/python -m bench --state-dir $(STATE)/bench \
+	@tools/prepare test bench $(if $(filter microvm formats,$(SUITE)),microvm)
+	LIBVIRT_DEBUG=4 tools/reaped .venv/bin/python -m bench --state-dir $(STATE)/bench \
 		$(if $(SUITE),--suite $(SUITE)) $(BENCH_RUNS)
 endif
 

@@ -9,7 +9,7 @@ import sys
 from bench import result
 
 SUITES = ('core', 'block-size', 'openstack', 'operations', 'hydration',
-          'microvm')
+          'microvm', 'formats')
 
 
 def main() -> int:

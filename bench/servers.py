@@ -109,7 +109,7 @@ class Server:
         console = self._room / 'console'
         while len(found) < len(times.OF_BOOTS):
             reached = times.printed(console.read_bytes())
-            if times.ANSWER not in found and _answers(self.domain, 5):
+            if times.ANSWER not in found and answers(self.domain, 5):
                 reached.add(times.ANSWER)
             now = time.monotonic() - begun
             found = dict.fromkeys(reached, now) | found
@@ -138,7 +138,7 @@ class Server:
         def ask() -> None:
             domain = self._libvirt.lookupByUUIDString(self.uuid)
             while not over.is_set():
-                if _answers(domain, PATIENCE):
+                if answers(domain, PATIENCE):
                     found[times.ANSWER] = time.monotonic() - begun
                     return
 
@@ -187,8 +187,11 @@ class Server:
         return int(found[1]) << 10
 
 
-def _answers(domain: Any, seconds: int) -> bool:
-    """Whether the guest's agent does; refused at once while it has none."""
+def answers(domain: Any, seconds: int) -> bool:
+    """Whether a guest's agent does; refused at once while it has none.
+
+    :param seconds: that it may take.
+    """
     try:
         libvirt_qemu.qemuAgentCommand(
             domain, '{"execute": "guest-ping"}', seconds, 0)

@@ -615,7 +615,8 @@ def test_a_real_debian(centre, tmp_path_factory):
     target = path / 'taken'
     target.mkdir()
     images = base.Environment(centre.conf()).open_repository()
-    description = shelf.take(entry, found, images, target)
+    description = shelf.take(
+        entry, found, images.image(image_id), images, target)
     assert description.key.platform.text == one.platform
     # Nothing of this machine is in it.
     assert overlay.read_backing(target / artifact.DISK) == (
