@@ -18,7 +18,7 @@ import libvirt
 
 from bench import microvm, result, servers
 from fastboot_common.microvm import clone
-from fastboot_nova.microvm import disk, lane
+from fastboot_nova.microvm import disk
 
 #: Ours first; the others are compared with it.
 FORMATS: Final = ('raw', 'zstd', 'sparse')

@@ -256,14 +256,17 @@ def _failed(bench: Bench, image: str) -> Boot:
 
 
 def _damaged(bench: Bench, image: str) -> Boot:
-    """A server whose lane has a device's state damaged, at its end."""
+    """A server whose lane has its end damaged.
+
+    Much of it, as QEMU's stream ends with a description that nobody reads.
+    """
     user = bench.user
     user.sandbox('restart', AGENT)
     user.wait_for_lanes(image, HOST, seconds=120)
     for lane in (user.home(HOST) / 'fastboot/host/microvms/lanes').iterdir():
         with lane.open('r+b') as file:
-            file.seek(-(64 << 10), os.SEEK_END)
-            file.write(bytes(32 << 10))
+            file.seek(-(1 << 20), os.SEEK_END)
+            file.write(bytes(1 << 20))
     return _resumed(bench, image, 'resume failed (load)')
 
 

@@ -17,8 +17,15 @@ from fastboot_common import blocks, exception, files, qcow2
 
 SLOT: Final = qcow2.SLOT
 SLOTS_END: Final = 64 << 30
-#: An empty refcount table that all slots name.
+#: A refcount table that all slots name.
 REFCOUNTS: Final = SLOTS_END
+#: Its first entry names a block that QEMU cannot read; all others are empty.
+#: Before the first write into a new cluster of an overlay, QEMU looks whether
+#: what is beneath was preallocated: it counts the used clusters of the whole
+#: file, with the guest stopped (qcow2_detect_metadata_preallocation, since
+#: 4.1). In 8 TiB without refcounts that takes two seconds; the first error
+#: ends it, and is no other harm. As an L1 entry (the poison's) it is empty.
+UNCOUNTABLE: Final = (1 << 63).to_bytes(8, 'big')
 #: An L2 table of zeros that all slots name where an image has no data.
 ZERO_TABLE: Final = SLOTS_END + 65536
 #: Tables and data begin here.

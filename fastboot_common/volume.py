@@ -149,6 +149,7 @@ class Volume:
             self._check_poison()
             self.size = os.fstat(self._fd).st_size
             if writable:
+                _end_counting(self._fd)
                 self._open_index()
                 stack.callback(lambda: self._index.close())
                 self._follow_backing()
@@ -865,6 +866,7 @@ def _make(file: pathlib.Path, block_size: int, size: int) -> None:
         os.ftruncate(fd, size // slot.SLOT * slot.SLOT)
         table = np.full(block_size // 8, qcow2.ZERO, '>u8').tobytes()
         blocks.write_exactly(fd, table, slot.ZERO_TABLE)
+        blocks.write_exactly(fd, slot.UNCOUNTABLE, slot.REFCOUNTS)
         # Valid, so that what probes it goes on to the backing file.
         poison = qcow2.Header(
             1 << 20, block_size.bit_length() - 1, slot.REFCOUNTS,
@@ -882,6 +884,13 @@ def _make(file: pathlib.Path, block_size: int, size: int) -> None:
         os.close(fd)
     temporary.rename(file)
     files.sync_directory(file.parent)
+
+
+def _end_counting(fd: int) -> None:
+    """Volumes that were made before had no such entry."""
+    if os.pread(fd, 8, slot.REFCOUNTS) != slot.UNCOUNTABLE:
+        blocks.write_exactly(fd, slot.UNCOUNTABLE, slot.REFCOUNTS)
+        os.fdatasync(fd)
 
 
 def _read_image(path: pathlib.Path) -> Image:

@@ -38,6 +38,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 IMAGE = 'resumes'
 FLAVOR = 'm1.tiny'
 ACTIVE_SECONDS = 240
+LANES_SECONDS = 300
 #: What tells one server from all others, a line each.
 IDENTITY = """
 cat /etc/machine-id /proc/sys/kernel/random/uuid
@@ -157,18 +158,38 @@ class Toll:
     :ivar seconds: until ACTIVE, by how it went.
     :ivar known: identities that were seen, by word.
     :ivar shared: that were seen twice.
+    :ivar asides: how often a host had put the µVM aside.
     """
 
     seconds: dict[str, list[float]]
     known: dict[str, set[str]]
     errors: int = 0
     shared: int = 0
+    asides: int = 0
 
     def note(self, words: list[str]) -> None:
         """An identity."""
         for word, value in zip(WORDS, words, strict=True):
             self.shared += value in self.known[word]
             self.known[word].add(value)
+
+
+def make_ready(lab: Lab, image: str, host: str) -> bool:
+    """Wait until a host can resume servers; whether it had given that up.
+
+    Failures in a row do that, for minutes. Who mended what was wrong has
+    its agent started anew.
+    """
+    def state() -> str:
+        return str(lab.user.microvm(image, host).get('state'))
+
+    lab.user.wait(lambda: state() in ('ready', 'error'), LANES_SECONDS,
+                  f'the µVM on {host}')
+    given_up = state() == 'error'
+    if given_up:
+        lab.user.sandbox('restart', f'fastboot-agent@{host}')
+    lab.user.wait_for_lanes(image, host, seconds=LANES_SECONDS)
+    return given_up
 
 
 def start(lab: Lab, image: str, host: str) -> Boot:
@@ -211,8 +232,7 @@ def run(lab: Lab, image: str, count: int) -> Toll:
     for number in range(count):
         fault = lab.rng.choice(FAULTS)
         host = lab.rng.choice(lab.hosts)
-        for one in lab.hosts:
-            lab.user.wait_for_lanes(image, one)
+        toll.asides += sum(make_ready(lab, image, one) for one in lab.hosts)
         try:
             with fault.inject(lab):
                 found = start(lab, image, host)
@@ -259,6 +279,7 @@ def report(table: result.Table, toll: Toll, left: dict[str, int],
     table.add('of them resumed', sum(
         len(values) for name, values in toll.seconds.items()
         if name.startswith('resumed')), 'servers')
+    table.add('times that a host had put the µVM aside', toll.asides, '')
     table.add('servers in ERROR', toll.errors, 'servers', 0)
     table.add('identities that two had', toll.shared, 'words', 0)
     table.add('left in the end', sum(map(abs, left.values())), 'things', 0,

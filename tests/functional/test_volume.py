@@ -175,6 +175,35 @@ def test_poison(world):
     assert status and volume.POISON in words
 
 
+def test_nobody_counts_the_clusters_of_a_volume(world):
+    """Volumes of before, too; and QEMU says the same of their images."""
+    data = disk(40 * world.block_size, 1, zeros=.3, block=world.block_size)
+    world.publish('one', data, [1])
+    with world.host() as host, world.export():
+        host.sync()
+        host.acquire('one', 'guest')
+        one = host.open_volume(host.image('one').domain)
+        stub = world.path / 'stub'
+        chain.make_stub(stub, host.link('one'))
+
+        def word():
+            return os.pread(one._fd, 16, slot.REFCOUNTS)
+
+        def allocated():
+            return qemu('qemu-img', 'map', '-U', '--output=json', stub)
+
+        assert word() == slot.UNCOUNTABLE + bytes(8)
+        mapped = allocated()
+        assert mapped[0] == 0
+        with one.file.open('r+b') as file:
+            file.seek(slot.REFCOUNTS)
+            file.write(bytes(8))
+        assert allocated() == mapped
+    with world.host() as host:
+        one = host.open_volume(host.image('one').domain)
+        assert word() == slot.UNCOUNTABLE + bytes(8)
+
+
 def test_the_complete_name(world):
     world.publish('image', disk(90 * 4096, 1), range(20))
     with world.host() as host, world.export():

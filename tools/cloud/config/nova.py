@@ -132,13 +132,14 @@ def hook() -> str:
     again. The userspace datapath may go on with the old one's socket then
     (Open vSwitch 3.1): it has not made the new one promiscuous. Its port is
     made anew, so slowly that Neutron's agent, which looks every 2 seconds,
-    sees it go and come.
+    sees it go and come. In a subshell: with a function dash keeps libvirt's
+    pipes open, and libvirt waits for them, two seconds at each start.
     """
     return '''\
 #!/bin/sh
 [ "$2" = started ] || exit 0
 taps=$(grep -o "dev='tap[0-9a-f-]*'" | cut -d "'" -f 2)
-mend() {
+(
     sleep 2
     for tap in $taps; do
         ip link show "$tap" | grep -q PROMISC && continue
@@ -147,6 +148,5 @@ mend() {
             ovs-vsctl --timeout=5 add-port br-int "$tap" \\
                 -- set Interface "$tap" "external_ids=$ids"
     done
-}
-mend </dev/null >/dev/null 2>&1 &
+) </dev/null >/dev/null 2>&1 &
 '''
