@@ -11,7 +11,8 @@ GLANCE_TESTS = $(addprefix tests/functional/test_, builder.py \
 	glance_images.py import_plugin.py api_services.py)
 # They need libvirt's Python module, which it has, too.
 LIBVIRT_TESTS = $(addprefix tests/functional/test_, agent_resume.py \
-	agent_reboots.py microvm.py)
+	agent_reboots.py microvm.py) \
+	$(addprefix tests/unit/test_, reboots.py resume.py)
 # They run Nova's code, and need no cloud.
 NOVA_TESTS = $(addprefix tests/openstack/test_, backend.py driver.py \
 	spawn.py)

@@ -38,6 +38,10 @@ _POLL: Final = 0.005
 _SEND_SECONDS: Final = 2.0
 #: Between two attempts to end what takes too long.
 _AGAIN: Final = 0.25
+#: How libvirt says no. Its message has QEMU's last words, which may be what
+#: QEMU found in a damaged stream; where that is no text, libvirt-python (9.0)
+#: fails to decode it, and the call with it.
+_REFUSALS: Final = (libvirt.libvirtError, SystemError, UnicodeError)
 
 
 class Lane(Protocol):
@@ -201,8 +205,7 @@ class _Resume:
         """Every failure has one type, with the phase it happened in."""
         try:
             yield
-        except (libvirt.libvirtError, exception.FastbootError,
-                OSError) as error:
+        except (*_REFUSALS, exception.FastbootError, OSError) as error:
             if isinstance(error, ResumeFailed):
                 raise
             raise ResumeFailed(self._phase, str(error)) from error
@@ -347,12 +350,12 @@ def _remove(disk: document.Element) -> None:
 
 
 def _destroy(domain: Any) -> None:
-    with contextlib.suppress(libvirt.libvirtError):
+    with contextlib.suppress(*_REFUSALS):
         domain.destroy()
 
 
 def _undefine(domain: Any) -> None:
-    with contextlib.suppress(libvirt.libvirtError):
+    with contextlib.suppress(*_REFUSALS):
         domain.undefineFlags(libvirt.VIR_DOMAIN_UNDEFINE_MANAGED_SAVE
                              | libvirt.VIR_DOMAIN_UNDEFINE_NVRAM)
 

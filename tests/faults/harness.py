@@ -177,25 +177,28 @@ class Lab:
                             'root', PLACE.lstrip('/'))
 
     @contextlib.contextmanager
-    def small_disks(self) -> Iterator[None]:
+    def small_disks(self, size: int = DISK) -> Iterator[None]:
         """What fastboot keeps on hosts is on disks of their own.
 
         They begin empty, as on hosts that are new.
+
+        :param size: of each (bytes).
         """
         with contextlib.ExitStack() as stack:
             for host in self.hosts:
-                stack.enter_context(self._small_disk(host))
+                stack.enter_context(self._small_disk(host, size))
             yield
 
     @contextlib.contextmanager
-    def _small_disk(self, host: str) -> Iterator[None]:
+    def _small_disk(self, host: str, size: int) -> Iterator[None]:
         file = self.user.home(host) / 'fastboot/disk.img'
         with file.open('wb') as disk:
-            disk.truncate(DISK)
+            disk.truncate(size)
         try:
             with self._without_fastboot(host):
                 self.user.inside(host, 'mkfs.ext4', '-q', '-m', '0', file)
-                self.user.inside(host, 'mount', '-o', 'loop', file, PLACE)
+                self.user.inside(host, 'mount', '-o', 'loop,discard', file,
+                                 PLACE)
             try:
                 yield
             finally:
@@ -214,11 +217,14 @@ class Lab:
     @contextlib.contextmanager
     def full(self, host: str) -> Iterator[None]:
         """A host whose disk for fastboot has no byte left."""
+        # Nearly all of it without a byte of the machine's own disk: what is
+        # asked for as a whole includes what the file system needs itself.
         filler = f'{PLACE}/filler'
         self.user.inside(
             host, 'sh', '-c',
-            f'fallocate -l $(df --output=avail -B1 {PLACE} | tail -1) '
-            f'{filler}; cat /dev/zero >>{filler}; true')
+            f'left=$(df --output=avail -B1 {PLACE} | tail -1); '
+            f'fallocate -l $((left - (64 << 20))) {filler}; '
+            f'cat /dev/zero >>{filler}; true')
         try:
             yield
         finally:

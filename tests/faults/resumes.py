@@ -35,10 +35,12 @@ from harness import Fault, Lab
 from bench import result
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-IMAGE = 'resumes'
+IMAGE = NAME = 'resumes'
 FLAVOR = 'm1.tiny'
 ACTIVE_SECONDS = 240
 LANES_SECONDS = 300
+#: Bytes. Nothing comes beyond [agent] min_free that nobody waits for.
+DISK = 12 << 30
 #: What tells one server from all others, a line each.
 IDENTITY = """
 cat /etc/machine-id /proc/sys/kernel/random/uuid
@@ -196,7 +198,7 @@ def start(lab: Lab, image: str, host: str) -> Boot:
     """A server, as soon as Nova hears of the host."""
     lab.user.wait(lambda: lab.is_up(host), harness.RECOVERY,
                   f'nova-compute on {host} to be heard')
-    return lab.user.boot('resumes', image, host, flavor=FLAVOR, prompt='',
+    return lab.user.boot(NAME, image, host, flavor=FLAVOR, prompt='',
                          seconds=ACTIVE_SECONDS)
 
 
@@ -226,28 +228,36 @@ def identity(user: User, server: Any) -> list[str]:
 
 
 def run(lab: Lab, image: str, count: int) -> Toll:
-    """`count` servers; faults are drawn."""
+    """`count` servers, or until a human interrupts; faults are drawn."""
     toll = Toll(collections.defaultdict(list), collections.defaultdict(set))
     began = time.monotonic()
-    for number in range(count):
-        fault = lab.rng.choice(FAULTS)
-        host = lab.rng.choice(lab.hosts)
-        toll.asides += sum(make_ready(lab, image, one) for one in lab.hosts)
-        try:
-            with fault.inject(lab):
-                found = start(lab, image, host)
-        except CloudError as error:
-            toll.errors += 1
-            print(f'{fault.name}: {error}', file=sys.stderr)
-            continue
-        how = found.log.split()[0] if found.log else 'nothing said'
-        toll.seconds[f'{how}, {fault.name}'].append(found.active)
-        print(f'[{time.monotonic() - began:6.0f} s] {number + 1}/{count} '
-              f'{fault.name}: {found.log[:100]}', flush=True)
-        if how == 'resumed':
-            toll.note(identity(lab.user, found.server))
-        lab.user.delete(found.server)
+    with contextlib.suppress(KeyboardInterrupt):
+        for number in range(count):
+            words = one_server(lab, image, toll)
+            print(f'[{time.monotonic() - began:6.0f} s] {number + 1}/{count} '
+                  f'{words[:120]}', flush=True)
     return toll
+
+
+def one_server(lab: Lab, image: str, toll: Toll) -> str:
+    """A server while something breaks; how it went, in words."""
+    fault = lab.rng.choice(FAULTS)
+    host = lab.rng.choice(lab.hosts)
+    toll.asides += sum(make_ready(lab, image, one) for one in lab.hosts)
+    try:
+        with fault.inject(lab):
+            found = start(lab, image, host)
+    except CloudError as error:
+        toll.errors += 1
+        for left in lab.user.cloud.compute.servers(name=NAME):
+            lab.user.delete(left)
+        return f'{fault.name}: {error}'
+    how = found.log.split()[0] if found.log else 'nothing said'
+    toll.seconds[f'{how}, {fault.name}'].append(found.active)
+    if how == 'resumed':
+        toll.note(identity(lab.user, found.server))
+    lab.user.delete(found.server)
+    return f'{fault.name}: {found.log}'
 
 
 def settle(lab: Lab, image: str) -> dict[str, int]:
@@ -323,7 +333,7 @@ def main() -> int:
     began = time.monotonic()
     image = make_image(user, args.state_dir)
     user.wait_built(image)
-    with lab.small_disks():
+    with lab.small_disks(DISK):
         user.wait_for_microvm(image)
         toll = run(lab, image, args.resumes)
         left = settle(lab, image)

@@ -28,6 +28,28 @@ class Domain:
         self.ended.set()
 
 
+def words_of_libvirt():
+    raise libvirt.libvirtError('it ended')
+
+
+def words_that_are_no_text():
+    """libvirt-python's call, when its message cannot be decoded."""
+    try:
+        bytes([0xb9]).decode()
+    except UnicodeDecodeError as error:
+        raise SystemError('a result with an exception set') from error
+
+
+@pytest.mark.parametrize('fail', [words_of_libvirt, words_that_are_no_text])
+def test_whatever_libvirt_says_is_a_failure(fail):
+    """Nova would give the server up otherwise, and not boot it."""
+    one = resume._Resume.__new__(resume._Resume)
+    one._phase = 'load'
+    with pytest.raises(resume.ResumeFailed) as found, one._failing():
+        fail()
+    assert found.value.phase == 'load'
+
+
 def test_late_before_there_is_a_qemu():
     domain = Domain(there=0.4)
     with resume._bounded(domain, time.monotonic() - 1):
