@@ -260,7 +260,7 @@ def one_server(lab: Lab, image: str, toll: Toll) -> str:
     return f'{fault.name}: {found.log}'
 
 
-def settle(lab: Lab, image: str) -> dict[str, int]:
+def settle(lab: Lab) -> dict[str, int]:
     """What is left when all is over; all zero if nothing leaked."""
     left = {}
     for host in lab.hosts:
@@ -271,8 +271,8 @@ def settle(lab: Lab, image: str) -> dict[str, int]:
             '--name').split())
         place = lab.place(host)
         left[f'{host}: lanes'] = len(list(
-            (place / 'microvms/lanes').iterdir())) - lab.user.microvm(
-                image, host).get('lanes', 0)
+            (place / 'microvms/lanes').iterdir())) - sum(
+                one['lanes'] for one in lab.user.microvms(host))
         left[f'{host}: temporary files'] = sum(
             name.endswith(('.tmp', '.new', '.part'))
             for top in (place, lab.user.home(host) / 'nova/instances')
@@ -336,7 +336,7 @@ def main() -> int:
     with lab.small_disks(DISK):
         user.wait_for_microvm(image)
         toll = run(lab, image, args.resumes)
-        left = settle(lab, image)
+        left = settle(lab)
     report(table, toll, left, args.seed, time.monotonic() - began)
     user.cloud.image.delete_image(image, ignore_missing=True)
     return int(toll.errors or toll.shared or any(left.values()))

@@ -255,8 +255,13 @@ class User:
 
     def microvm(self, image: str, host: str) -> dict[str, Any]:
         """What the agent of a host says of an image's µVM."""
-        rows = self.ask_agent(host, 'GET', '/v1/microvms').get('microvms')
-        return next((row for row in rows or () if row['image'] == image), {})
+        return next((row for row in self.microvms(host)
+                     if row['image'] == image), {})
+
+    def microvms(self, host: str) -> list[dict[str, Any]]:
+        """What the agent of a host says of all µVMs."""
+        return self.ask_agent(host, 'GET', '/v1/microvms').get(
+            'microvms') or []
 
     @contextlib.contextmanager
     def booting_flavor(self, name: str) -> Iterator[str]:
