@@ -131,7 +131,8 @@ bench:
 else
 bench:
 	@tools/prepare test bench $(if $(filter microvm formats,$(SUITE)),microvm)
-	LIBVIRT_DEBUG=4 tools/reaped .venv/bin/python -m bench --state-dir $(STATE)/bench \
+	LIBVIRT_DEBUG=4 tools/reaped .venv/bin/python -m bench \
+		--state-dir $(STATE)/bench \
 		$(if $(SUITE),--suite $(SUITE)) $(BENCH_RUNS)
 endif
 
