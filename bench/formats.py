@@ -3,11 +3,12 @@
 
 What is stored is uncompressed and as a stream, on all versions. The formats
 that libvirt has since 11.2 are compared with it here, so that whether this
-is right can be asked again with newer ones. Needs such a libvirt: see
-``make newer``.
+is right can be asked again with newer ones. Needs such a libvirt:
+``tools/debian`` has one.
 """
 
 import contextlib
+import functools
 import pathlib
 import shutil
 import time
@@ -36,10 +37,9 @@ def run(table: result.Table, path: pathlib.Path, runs: int,
     with servers.hypervisor() as found:
         bench = microvm.Bench(table, path, runs, found, False)
         baked = bench.artifact(microvm.MAIN)
-        room = bench.path / 'servers' / _NAME
-        shutil.rmtree(room, ignore_errors=True)
-        with servers.Server(found, room, _NAME) as one:
-            kept = _Kept(found, one, baked, room)
+        shutil.rmtree(bench.path / 'servers', ignore_errors=True)
+        with bench.server(_NAME) as one:
+            kept = _Kept(found, one, baked, bench.path / 'servers' / _NAME)
             for name in FORMATS:
                 seconds = kept.save(name)
                 table.add(f'{name}: file', kept.size(name) / microvm.MIB,
@@ -48,17 +48,15 @@ def run(table: result.Table, path: pathlib.Path, runs: int,
 
 
 def _compare(bench: microvm.Bench, kept: '_Kept') -> None:
-    loads: dict[str, list[float]] = {name: [] for name in FORMATS}
-    answers: dict[str, list[float]] = {name: [] for name in FORMATS}
-    for number in range(bench.runs + 1):
-        for name in FORMATS:
-            load, answer = kept.restore(name)
-            # What the first round finds in no cache is not measured.
-            if number:
-                loads[name].append(load)
-                answers[name].append(answer)
+    cases = {name: functools.partial(kept.restore, name) for name in FORMATS}
+    # What the first round finds in no cache is not measured.
+    result.interleaved(1, cases)
+    found = result.interleaved(bench.runs, cases)
+    answers = {name: [answer for _, answer in found[name]]
+               for name in FORMATS}
     for name in FORMATS:
-        bench.median(f'{name}: call to all loaded', loads[name])
+        bench.median(f'{name}: call to all loaded',
+                     [load for load, _ in found[name]])
         bench.median(f'{name}: call to first answer', answers[name])
     for name in FORMATS[1:]:
         bench.table.add(
@@ -73,11 +71,8 @@ class _Kept:
     def __init__(self, found: Any, one: servers.Server, baked: pathlib.Path,
                  room: pathlib.Path) -> None:
         self._libvirt = found
-        self._one = one
         self._baked = baked
         self._room = room
-        #: When the last restore was called.
-        self._begun = 0.0
         self._lane = one.furnish(baked)
         self._lane.dress(clone.instance(
             one.xml(), self._lane.description.machine))
@@ -92,7 +87,7 @@ class _Kept:
     def save(self, name: str) -> float:
         """Save the guest before its first instruction; seconds it took."""
         with self._restored(self._lane.path,
-                            libvirt.VIR_DOMAIN_SAVE_PAUSED) as domain:
+                            libvirt.VIR_DOMAIN_SAVE_PAUSED) as (domain, _):
             begun = time.monotonic()
             domain.saveParams({
                 libvirt.VIR_DOMAIN_SAVE_PARAM_FILE: str(self._path(name)),
@@ -103,24 +98,27 @@ class _Kept:
     def restore(self, name: str) -> tuple[float, float]:
         """Seconds from the call until all is loaded, and to its answer."""
         with self._restored(self._path(name),
-                            libvirt.VIR_DOMAIN_SAVE_RUNNING) as domain:
-            loaded = time.monotonic() - self._begun
+                            libvirt.VIR_DOMAIN_SAVE_RUNNING) as (
+                                domain, begun):
+            loaded = time.monotonic() - begun
             while not servers.answers(domain, servers.PATIENCE):
-                if time.monotonic() - self._begun > servers.PATIENCE:
+                if time.monotonic() - begun > servers.PATIENCE:
                     raise RuntimeError(f'{name}: the guest says nothing')
-            return loaded, time.monotonic() - self._begun
+            return loaded, time.monotonic() - begun
 
     @contextlib.contextmanager
-    def _restored(self, path: pathlib.Path, flags: int) -> Iterator[Any]:
+    def _restored(self, path: pathlib.Path, flags: int
+                  ) -> Iterator[tuple[Any, float]]:
+        """The guest, and when it was called."""
         # What ran before has written to it.
         disk_path = self._room / 'disk'
         disk_path.unlink(missing_ok=True)
         disk.make(self._baked, disk_path, servers.DISK_SIZE)
-        self._begun = time.monotonic()
+        begun = time.monotonic()
         self._libvirt.restoreFlags(str(path), None, flags)
         domain = self._libvirt.lookupByName(_NAME)
         try:
-            yield domain
+            yield domain, begun
         finally:
             with contextlib.suppress(libvirt.libvirtError):
                 domain.destroy()

@@ -8,9 +8,10 @@ import pathlib
 import platform
 import statistics
 import subprocess
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
+_T = TypeVar('_T')
 RESULTS = pathlib.Path(__file__).parent / 'results'
 
 
@@ -46,12 +47,15 @@ class Row:
 class Table:
     """The rows of a suite, printed and saved as they come."""
 
-    def __init__(self, suite: str, keep: bool = False) -> None:
+    def __init__(self, suite: str, keep: bool = False,
+                 command: str = '') -> None:
         """Begin a table.
 
         :param keep: rows of the last run that are not measured now.
+        :param command: that makes it, if it is no suite of the benchmark.
         """
         self.suite = suite
+        self.command = command or f'make bench SUITE={suite}'
         self.rows: list[Row] = []
         self._old = self._read() if keep else []
 
@@ -69,7 +73,7 @@ class Table:
             note: str = '') -> None:
         """Print a row and save all so far."""
         row = Row(name, float(f'{value:.4g}'), unit, bar, op, runs,
-                  f'make bench SUITE={self.suite}', note)
+                  self.command, note)
         self.rows.append(row)
         self.print_row(row)
         self.save()
@@ -118,10 +122,10 @@ def _first_line(*command: str) -> str:
                           check=True).stdout.splitlines()[0]
 
 
-def interleaved(runs: int, cases: dict[str, Callable[[], float]],
-                ) -> dict[str, list[float]]:
+def interleaved(runs: int, cases: Mapping[str, Callable[[], _T]],
+                ) -> dict[str, list[_T]]:
     """Measure all cases in turn, `runs` times: noise hits all alike."""
-    measured: dict[str, list[float]] = {name: [] for name in cases}
+    measured: dict[str, list[_T]] = {name: [] for name in cases}
     for _ in range(runs):
         for name, case in cases.items():
             measured[name].append(case())

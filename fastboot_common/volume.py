@@ -859,14 +859,13 @@ def _open(file: pathlib.Path, writable: bool) -> int:
 
 
 def _make(file: pathlib.Path, block_size: int, size: int) -> None:
-    """Make the file with the poison and the two shared tables."""
+    """Make the file with the poison and the table of zeros."""
     temporary = file.with_name('.volume.tmp')
     fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o640)
     try:
         os.ftruncate(fd, size // slot.SLOT * slot.SLOT)
         table = np.full(block_size // 8, qcow2.ZERO, '>u8').tobytes()
         blocks.write_exactly(fd, table, slot.ZERO_TABLE)
-        blocks.write_exactly(fd, slot.UNCOUNTABLE, slot.REFCOUNTS)
         # Valid, so that what probes it goes on to the backing file.
         poison = qcow2.Header(
             1 << 20, block_size.bit_length() - 1, slot.REFCOUNTS,
@@ -887,7 +886,7 @@ def _make(file: pathlib.Path, block_size: int, size: int) -> None:
 
 
 def _end_counting(fd: int) -> None:
-    """Volumes that were made before had no such entry."""
+    """Make the refcount table, also in volumes that were made without."""
     if os.pread(fd, 8, slot.REFCOUNTS) != slot.UNCOUNTABLE:
         blocks.write_exactly(fd, slot.UNCOUNTABLE, slot.REFCOUNTS)
         os.fdatasync(fd)

@@ -502,7 +502,7 @@ def main() -> int:
     args = parser.parse_args()
     user = User(layouts.load(args.state_dir.absolute()))
     lab = Lab(user, random.Random(args.seed))
-    table = result.Table('faults')
+    table = result.Table('faults', command='make faults')
     faults = [fault for fault in FAULTS if (args.only or '') in fault.name]
     if args.no_results or args.only:
         table.save = lambda: None  # type: ignore[method-assign]

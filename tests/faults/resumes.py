@@ -327,7 +327,7 @@ def main() -> int:
     args = parser.parse_args()
     user = User(layouts.load(args.state_dir.absolute()))
     lab = Lab(user, random.Random(args.seed))
-    table = result.Table('resumes')
+    table = result.Table('resumes', command='make resumes')
     if args.no_results:
         table.save = lambda: None  # type: ignore[method-assign]
     began = time.monotonic()
