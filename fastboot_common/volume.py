@@ -97,6 +97,10 @@ class Batch:
 
 #: Gives blocks and digests of an image, for rebuilding the index.
 Resolve = Callable[[Image, blocks.Blocks], Iterable[bytes]]
+#: Gives the digests of blocks of an image.
+Digests = Callable[[blocks.Blocks], list[bytes]]
+#: Told plain bytes as they are done.
+Progress = Callable[[int], None]
 
 
 class Volume:
@@ -792,14 +796,15 @@ class Volume:
 
     # Checking
 
-    def check(self, image_id: str, digests: Callable[
-            [blocks.Blocks], list[bytes]], data_blocks: Iterable[
-            blocks.Blocks], pool: concurrent.futures.Executor,
-            ) -> tuple[int, list[str]]:
+    def check(self, image_id: str, digests: Digests,
+              data_blocks: Iterable[blocks.Blocks],
+              pool: concurrent.futures.Executor,
+              progress: Progress = lambda count: None,
+              ) -> tuple[int, list[str]]:
         """Prove what is here of an image against its manifest.
 
-        :param digests: gives the digests of blocks.
         :param data_blocks: all blocks that are not zeros, ascending.
+        :param progress: told the plain bytes that were looked at.
         :returns: blocks proven, and what is wrong, in words.
         """
         target = self.slot_of(image_id)
@@ -812,17 +817,12 @@ class Volume:
             entries = target.entries(numbers)
             for number in numbers[entries == qcow2.ZERO].tolist():
                 problems.append(f'block {number} should have data')
-            present = entries > qcow2.ZERO
             seen += len(numbers)
             missing += int((entries == 0).sum())
-            wanted = digests(numbers[present])
-            found = pool.map(self._digest,
-                             target.offsets(entries[present]).tolist())
-            for number, want, got in zip(numbers[present].tolist(), wanted,
-                                         found, strict=True):
-                if want != got:
-                    problems.append(f'block {number} has other content')
-                proven += 1
+            proven += int((entries > qcow2.ZERO).sum())
+            problems += [f'block {number} has other content' for number
+                         in self.damaged(image_id, numbers, digests, pool)]
+            progress(len(numbers) * self.block_size)
         if sum(int((entries != qcow2.ZERO).sum())
                for _, entries in target.chunks()) != seen:
             problems.append('the tables have data where there are zeros')
@@ -832,6 +832,45 @@ class Volume:
             if not complete.samefile(self.file):
                 problems.append('its complete name is another file')
         return proven, problems[:_PROBLEMS]
+
+    def damaged(self, image_id: str, numbers: blocks.Blocks,
+                digests: Digests,
+                pool: concurrent.futures.Executor) -> list[int]:
+        """Those of some blocks whose bytes here are not the image's."""
+        target = self.slot_of(image_id)
+        entries = target.entries(numbers)
+        present = entries > qcow2.ZERO
+        found = pool.map(self._digest,
+                         target.offsets(entries[present]).tolist())
+        return [number for number, want, got in zip(
+            numbers[present].tolist(), digests(numbers[present]), found,
+            strict=True) if want != got]
+
+    def rewrite(self, image_id: str, batches: list[Batch]) -> int:
+        """Write blocks of an image once more, where they lie.
+
+        Guests may run: they read nothing but what the image has, sooner or
+        later. A block is left alone unless tables and index agree on its
+        place: where they do not, that may be the place of another block.
+
+        :returns: blocks written.
+        """
+        with self._mutex, self._operation():
+            target = self.slot_of(image_id)
+            written = 0
+            for batch in batches:
+                entries = target.entries(batch.numbers)
+                offsets = target.offsets(entries)
+                places = self._index.find(batch.digests)
+                known = np.array([places.get(digest, -1)
+                                  for digest in batch.digests], np.int64)
+                ours = np.flatnonzero(
+                    (entries > qcow2.ZERO) & (offsets == known))
+                if len(ours):
+                    self._write(batch, batch.positions[ours], offsets[ours])
+                written += len(ours)
+            os.fdatasync(self._fd)
+            return written
 
     def _digest(self, offset: int) -> bytes:
         return hashlib.sha256(

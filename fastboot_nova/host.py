@@ -357,10 +357,7 @@ class Host:
         :param plain: their bytes. They are all here before the volume is
             locked: a slow repository must not hold up other guests.
         """
-        one.fill(image_id, [
-            volume.Batch(frame.numbers, frame.digests, frame.positions,
-                         functools.partial(plain.__getitem__, at))
-            for at, frame in enumerate(frames)], self._pool)
+        one.fill(image_id, _batches(frames, plain), self._pool)
 
     def read_ahead(self, image: journal.Image) -> None:
         """Start reading the boot set while QEMU is being started."""
@@ -538,16 +535,47 @@ class Host:
         return Status(image.image_id, image.name, image.serial, image.domain,
                       state, progress, leases, pinned)
 
-    def check(self, image_id: str) -> tuple[int, list[str]]:
+    def check(self, image_id: str,
+              progress: Callable[[int], None] = lambda count: None,
+              ) -> tuple[int, list[str]]:
         """Prove every byte of an image's slot against its manifest.
 
+        :param progress: told the plain bytes that were looked at.
         :returns: blocks proven, and what is wrong, in words.
         """
         one, image = self.find(image_id)
         found = self.mirror.read_manifest(image.manifest)
         return one.check(
-            image_id, lambda numbers: self._digests(image, numbers),
-            data_blocks(found), self._pool)
+            image_id, functools.partial(self._digests, image),
+            data_blocks(found), self._pool, progress)
+
+    def repair(self, image_id: str,
+               progress: Callable[[int], None] = lambda count: None) -> int:
+        """Bring blocks once more whose bytes here are not the image's.
+
+        Guests of the image may run. Damaged tables stay as they are.
+
+        :param progress: told the plain bytes that were looked at.
+        :returns: blocks that were written.
+        :raises Unavailable: the mirror lacks some, and the repository is
+            out of reach.
+        :raises Corrupt: the repository has damaged bytes.
+        """
+        one, image = self.find(image_id)
+        found = self.mirror.read_manifest(image.manifest)
+        digests = functools.partial(self._digests, image)
+        written = 0
+        for numbers in data_blocks(found):
+            damaged = one.damaged(image_id, numbers, digests, self._pool)
+            for part in _parts(self.mirror.frames(found, np.array(
+                    damaged, np.int64))):
+                written += one.rewrite(image_id, _batches(
+                    part, self.mirror.plain_many(part, self._fetchers)))
+            progress(len(numbers) * one.block_size)
+        if written:
+            LOG.warning('image %s: %d damaged blocks in %s were written '
+                        'anew', image_id, written, one.file)
+        return written
 
 
 def _presence(one: volume.Volume, image_id: str) -> tuple[str, float]:
@@ -572,6 +600,14 @@ def _done() -> concurrent.futures.Future[None]:
 def _parts(frames: list[mirror.Frame]) -> Iterator[list[mirror.Frame]]:
     for start in range(0, len(frames), _FRAMES_AT_ONCE):
         yield frames[start:start + _FRAMES_AT_ONCE]
+
+
+def _batches(frames: list[mirror.Frame],
+             plain: list[bytes]) -> list[volume.Batch]:
+    """What goes into a volume of frames whose plain bytes are here."""
+    return [volume.Batch(frame.numbers, frame.digests, frame.positions,
+                         functools.partial(plain.__getitem__, at))
+            for at, frame in enumerate(frames)]
 
 
 def data_blocks(image: manifest.Manifest) -> Iterator[blocks.Blocks]:

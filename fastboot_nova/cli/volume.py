@@ -53,19 +53,26 @@ class Check(base.Lister):
         parser.add_argument('image', nargs='*',
                             help='id, or a name that only one has '
                                  '(default: all)')
+        parser.add_argument('--repair', action='store_true',
+                            help='write damaged blocks anew, from the mirror '
+                                 'or the repository; guests may run, the '
+                                 'agent may not')
         return parser
 
     def take_action(self, parsed_args: argparse.Namespace) -> Any:
         """Check and list."""
         rows = []
         self.failed = False
-        with open_host(self.env, writable=False) as opened:
+        with open_host(self.env, writable=parsed_args.repair) as opened:
             for image_id in _ids(opened, parsed_args.image):
-                proven, problems = opened.check(image_id)
+                with progress.Progress(f'checking {image_id}') as told:
+                    repaired = (opened.repair(image_id, told)
+                                if parsed_args.repair else 0)
+                    proven, problems = opened.check(image_id, told)
                 self.failed |= bool(problems)
-                rows += [(image_id, proven, problem) for problem
+                rows += [(image_id, proven, repaired, problem) for problem
                          in problems or ['']]
-        return ('Image', 'Blocks proven', 'Problem'), rows
+        return ('Image', 'Blocks proven', 'Repaired', 'Problem'), rows
 
     def run(self, parsed_args: argparse.Namespace) -> int:
         """The exit status says whether all is well."""

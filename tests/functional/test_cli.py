@@ -95,6 +95,7 @@ def test_boots_without_a_miss_then_cleans_up(state):
     assert done['missed_reads'] == 0
     assert not done['complete']
     assert ctl.json('volume', 'check')[0]['Problem'] == ''
+    assert ctl.json('volume', 'check', '--repair')[0]['Repaired'] == 0
     replayed = ctl.json('bench', 'replay', 'one', '--runs', 2)
     assert replayed['reads'] >= 40 and replayed['runs'] == 2
     ctl('volume', 'hydrate', 'one')
