@@ -16,12 +16,14 @@ import collections
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import pathlib
 import random
 import signal
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -39,6 +41,7 @@ from cloud.process import Records  # noqa: E402
 from cloud.user import Boot, CloudError, User  # noqa: E402
 
 from bench import result  # noqa: E402
+from fastboot_common import qcow2, volume  # noqa: E402
 
 FLAVOR = 'm1.nano'
 #: Within this, everything must go on without a human (seconds).
@@ -46,9 +49,14 @@ RECOVERY = 60
 POLL = 0.1
 #: Callers of an agent at the same time.
 CROWD = 50
-#: Where hosts keep fastboot's files, and the disks made for it (bytes).
+#: Where fastboot's files are on hosts, and on the node with the repository.
 PLACE = '/var/lib/fastboot/host'
+REPOSITORY = '/var/lib/fastboot/repository'
+#: Of the disks made for them (bytes).
 DISK = 6 << 30
+
+#: Makes those who look at a disk rest.
+Quiet = Callable[[], contextlib.AbstractContextManager[None]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,12 +177,12 @@ class Lab:
 
     # Disks that can be filled
 
-    def place(self, host: str) -> pathlib.Path:
-        """What a host sees at PLACE."""
-        record = Records(self.user.layout.run).get(f'node@{host}')
-        assert record, f'{host} is not up'
+    def place(self, name: str, place: str = PLACE) -> pathlib.Path:
+        """What a node sees at a place."""
+        record = Records(self.user.layout.run).get(f'node@{name}')
+        assert record, f'{name} is not up'
         return pathlib.Path('/proc', str(node.first_process(record)),
-                            'root', PLACE.lstrip('/'))
+                            'root', place.lstrip('/'))
 
     @contextlib.contextmanager
     def small_disks(self, size: int = DISK) -> Iterator[None]:
@@ -185,25 +193,47 @@ class Lab:
         :param size: of each (bytes).
         """
         with contextlib.ExitStack() as stack:
-            for host in self.hosts:
-                stack.enter_context(self._small_disk(host, size))
+            for host in self.user.layout.hosts:
+                stack.enter_context(self._disk(
+                    host, PLACE, size,
+                    functools.partial(self._without_fastboot, host.name)))
             yield
 
     @contextlib.contextmanager
-    def _small_disk(self, host: str, size: int) -> Iterator[None]:
-        file = self.user.home(host) / 'fastboot/disk.img'
+    def small_repository(self) -> Iterator[None]:
+        """The repository is on a disk of its own, with all that it has."""
+        with self._disk(self.user.layout.control, REPOSITORY, DISK,
+                        self._without_builder, keep=True):
+            yield
+
+    @contextlib.contextmanager
+    def _disk(self, where: layouts.Node, place: str, size: int,
+              quiet: Quiet, keep: bool = False) -> Iterator[None]:
+        """A disk of its own, mounted while nobody looks.
+
+        :param keep: it has what was there, and that has in the end what it
+            has.
+        """
+        home = self.user.layout.home(where) / 'fastboot'
+        file, beneath = home / 'disk.img', home / pathlib.Path(place).name
         with file.open('wb') as disk:
             disk.truncate(size)
         try:
-            with self._without_fastboot(host):
-                self.user.inside(host, 'mkfs.ext4', '-q', '-m', '0', file)
-                self.user.inside(host, 'mount', '-o', 'loop,discard', file,
-                                 PLACE)
+            with quiet():
+                self.user.inside(where.name, 'mkfs.ext4', '-q', '-m', '0',
+                                 file)
+                self.user.inside(where.name, 'mount', '-o', 'loop,discard',
+                                 file, place)
+                self.user.inside(where.name, 'rmdir', f'{place}/lost+found')
+                if keep:
+                    _copy(beneath, self.place(where.name, place))
             try:
                 yield
             finally:
-                with self._without_fastboot(host):
-                    self.user.inside(host, 'umount', '--lazy', PLACE)
+                with quiet():
+                    if keep:
+                        _copy(self.place(where.name, place), beneath)
+                    self.user.inside(where.name, 'umount', '--lazy', place)
         finally:
             file.unlink()
 
@@ -215,20 +245,37 @@ class Lab:
             yield
 
     @contextlib.contextmanager
-    def full(self, host: str) -> Iterator[None]:
-        """A host whose disk for fastboot has no byte left."""
+    def _without_builder(self) -> Iterator[None]:
+        with (self.stopped('fastboot-builder', kill=False),
+              self.stopped('repository', kill=False)):
+            yield
+
+    @contextlib.contextmanager
+    def full(self, name: str, place: str = PLACE) -> Iterator[None]:
+        """A node whose disk for fastboot has no byte left."""
         # Nearly all of it without a byte of the machine's own disk: what is
         # asked for as a whole includes what the file system needs itself.
-        filler = f'{PLACE}/filler'
+        filler = f'{place}/filler'
         self.user.inside(
-            host, 'sh', '-c',
-            f'left=$(df --output=avail -B1 {PLACE} | tail -1); '
+            name, 'sh', '-c',
+            # What was freed comes back with the journal.
+            f'sync -f {place}; '
+            f'left=$(df --output=avail -B1 {place} | tail -1); '
             f'fallocate -l $((left - (64 << 20))) {filler}; '
+            f'cat /dev/zero >>{filler}; sync -f {place}; '
             f'cat /dev/zero >>{filler}; true')
         try:
             yield
         finally:
-            self.user.inside(host, 'rm', filler)
+            self.user.inside(name, 'rm', filler)
+
+    def command(self, host: str, *words: str) -> Any:
+        """What `fastbootctl` answers on a host."""
+        layout = self.user.layout
+        return json.loads(self.user.inside(
+            host, layout.bin('fastbootctl'), '--config-file',
+            layout.etc / f'fastboot/agent-{host}.conf', *words,
+            '-f', 'json'))
 
     @contextlib.contextmanager
     def other_time(self, seconds: float) -> Iterator[None]:
@@ -250,6 +297,10 @@ class Lab:
     def _all_up(self) -> bool:
         return all(service.state == 'up' for service
                    in self.user.cloud.compute.services())
+
+
+def _copy(source: pathlib.Path, target: pathlib.Path) -> None:
+    subprocess.run(['cp', '-a', f'{source}/.', target], check=True)
 
 
 def _set_clock(jump: float) -> None:
@@ -346,13 +397,70 @@ def _flip(lab: Lab) -> Iterator[None]:
                    for path in (kept / name).rglob('*') if path.is_file())
     if files:
         path = lab.rng.choice(files)
-        with path.open('r+b') as file:
-            place = lab.rng.randrange(max(path.stat().st_size, 1))
-            file.seek(place)
-            byte = file.read(1)
-            file.seek(place)
-            file.write(bytes([byte[0] ^ (1 << lab.rng.randrange(8))]))
+        _flip_bit(lab, path, lab.rng.randrange(max(path.stat().st_size, 1)))
     yield
+
+
+def _flip_bit(lab: Lab, path: pathlib.Path, place: int) -> None:
+    with path.open('r+b') as file:
+        file.seek(place)
+        byte = file.read(1)
+        file.seek(place)
+        file.write(bytes([byte[0] ^ (1 << lab.rng.randrange(8))]))
+
+
+@contextlib.contextmanager
+def _rot(lab: Lab) -> Iterator[None]:
+    """A bit of a volume is another, until an operator repairs it.
+
+    Nothing below a guest sees that, so they sleep meanwhile.
+    """
+    host = lab.rng.choice(lab.hosts)
+    with lab.frozen(lab.user.processes(host, 'qemu-system')):
+        with lab.stopped(f'fastboot-agent@{host}', kill=False):
+            files = sorted((lab.place(host) / 'volumes').glob('*/volume'))
+            clusters = [(file, offset) for file in files
+                        for offset in _clusters(file)]
+            if clusters:
+                file, offset = lab.rng.choice(clusters)
+                _flip_bit(lab, file, offset + lab.rng.randrange(4096))
+            rows = lab.command(host, 'volume', 'check', '--repair')
+            assert bool(clusters) == any(row['Repaired'] for row in rows)
+        yield
+
+
+def _clusters(file: pathlib.Path) -> list[int]:
+    """Where a volume's data lies."""
+    with file.open('rb') as opened:
+        header = qcow2.Header.unpack(opened.read(qcow2.HEADER_LIMIT))
+    with volume.Volume(file.parent, 1 << header.cluster_bits,
+                       backing=str, resolve=lambda *_: [],
+                       writable=False) as one:
+        return sorted({int(offset) for image in one.images()
+                       for offset in one.slot_of(image).clusters()})
+
+
+@contextlib.contextmanager
+def _full_repository(lab: Lab) -> Iterator[None]:
+    """An image comes while its repository has no byte left."""
+    control, glance = lab.user.layout.control.name, lab.user.cloud.image
+    file = lab.user.layout.state / 'fault.raw'
+    witness.Witness(size=64 << 20).make(file)
+
+    def tried() -> bool:
+        said = glance.get_image(image).properties
+        # Somebody may have given back as much as it takes.
+        return bool(said.get('fastboot_error')
+                    or said.get('fastboot_state') == 'ready')
+
+    with lab.full(control, REPOSITORY):
+        image = lab.user.upload('fault-full', file, disk_format='raw')
+        lab.user.wait(tried, RECOVERY, f'{image} to be tried')
+        yield
+    lab.user.wait_built(image, RECOVERY)
+    lab.user.wait_on_hosts(image, RECOVERY)
+    glance.delete_image(image)
+    file.unlink()
 
 
 @contextlib.contextmanager
@@ -371,8 +479,7 @@ FAULTS = [
     *(service(name, kill)
       for name in ('fastboot-agent@', 'fastboot-builder', 'redis',
                    'rabbitmq', 'glance', 'repository', 'libvirtd@',
-                   'nova-compute@') for kill in (True, False)
-      if not (name == 'rabbitmq' and kill)),
+                   'nova-compute@') for kill in (True, False)),
     *(hang(name) for name in ('fastboot-agent@', 'fastboot-builder',
                                'repository', 'redis', 'rabbitmq',
                                'glance')),
@@ -382,9 +489,11 @@ FAULTS = [
     Fault('link cut', _cut),
     Fault('link slow', _slow),
     Fault('disk full', _full),
+    Fault('repository full', _full_repository),
     Fault('clock jumps', _clock),
     Fault('fifty acquires at once', _crowd),
     Fault('a bit of the mirror flipped', _flip),
+    Fault('a bit of the volume flipped, and repaired', _rot),
     Fault('a server comes while the agent is away', _come_and_go),
 ]
 #: The quick ones are drawn more often: they hit the guests' own path.
@@ -508,7 +617,7 @@ def main() -> int:
         table.save = lambda: None  # type: ignore[method-assign]
     began = time.monotonic()
     try:
-        with lab.small_disks():
+        with lab.small_disks(), lab.small_repository():
             toll = run(lab, faults, args.faults, args.state_dir,
                        _say(began))
             left = settle(lab)
