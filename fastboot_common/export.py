@@ -516,6 +516,8 @@ class _Agent(http.client.HTTPConnection):
 def _post(body: str, seconds: float) -> tuple[int, str]:
     """One call: HTTP status and the agent's words.
 
+    :raises OSError, http.client.HTTPException: there was no good answer.
+
     A connection a call: beside what a miss costs, connecting costs nothing,
     and there is no idle one that a restart of the agent could break.
     """
@@ -527,6 +529,9 @@ def _post(body: str, seconds: float) -> tuple[int, str]:
         answer = agent.getresponse()
         words = answer.read(_ANSWER_LIMIT).decode(errors='replace')
         return answer.status, f'status {answer.status}: {words:.500}'
+    except ValueError as error:
+        # What http.client makes of a chunk of negative length.
+        raise http.client.HTTPException(f'{error}') from error
     finally:
         agent.close()
 

@@ -5,10 +5,10 @@ It takes nothing from them but the ids of images; what is to be done, the
 steward finds out by asking Glance.
 """
 
+import re
 from typing import Any, Final
 
 from oslo_log import log as logging
-from oslo_utils import uuidutils
 
 from fastboot_common.rpc import oslo_messaging
 from fastboot_glance import audit
@@ -19,6 +19,8 @@ LOG = logging.getLogger(__name__)
 #: notifications ``activate`` and ``upload`` come before Glance has stored
 #: that they are; an ``update`` follows.
 _EVENTS: Final = r'^image\.(update|activate|upload|delete)$'
+#: What Glance gives images, or lets their owners give them.
+_ID: Final = re.compile(r'[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}')
 _STATES: Final = ('active', 'deleted', 'pending_delete')
 
 
@@ -33,10 +35,13 @@ class Endpoint:
     def info(self, context: dict[str, Any], publisher: str, event: str,
              payload: Any, metadata: dict[str, Any]) -> None:
         """Pass on what may matter."""
-        if isinstance(payload, dict) and payload.get('status') in _STATES \
-                and uuidutils.is_uuid_like(payload.get('id')):
-            LOG.debug('heard %s of image %s', event, payload['id'])
-            self._desk.put(payload['id'])
+        if not isinstance(payload, dict) \
+                or payload.get('status') not in _STATES:
+            return
+        image_id = payload.get('id')
+        if isinstance(image_id, str) and _ID.fullmatch(image_id):
+            LOG.debug('heard %s of image %s', event, image_id)
+            self._desk.put(image_id)
 
 
 def start(conf: Any, desk: audit.Desk) -> Any:
