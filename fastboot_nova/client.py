@@ -231,6 +231,9 @@ def _parse(answer: bytes) -> dict[str, Any]:
         response = http.client.HTTPResponse(
             cast(socket.socket, _Received(answer)))
         response.begin()
+        if response.chunked:
+            # No agent does that, and http.client believes any length.
+            raise ValueError('in chunks')
         content = json.loads(response.read(_ANSWER_LIMIT) or b'{}')
         if not isinstance(content, dict):
             raise ValueError('not a JSON object')

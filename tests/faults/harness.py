@@ -85,9 +85,10 @@ class Lab:
 
     def image(self, name: str, directory: pathlib.Path) -> str:
         """An image of a new disk, ready on all hosts."""
-        # It takes a guest a while to see it all for the first time, through
-        # whatever breaks meanwhile.
-        disk = witness.Witness(size=96 << 20, lazy=2048)
+        # It takes a guest two minutes to see it all for the first time,
+        # through whatever breaks meanwhile. It never stops for longer than
+        # a tick, and leaves the processor to what has to recover.
+        disk = witness.Witness(size=96 << 20, lazy=2048, rest=1, every=4)
         file = disk.make(directory / f'{name}.raw')
         image = self.user.upload(name, file, disk_format='raw')
         file.unlink()
@@ -141,6 +142,12 @@ class Lab:
             yield
         finally:
             self.user.sandbox('start', service)
+            if service == 'rabbitmq':
+                # What is said to a service whose queue is not there yet is
+                # lost, and Nova says nothing twice.
+                since = time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime())
+                self.user.wait(lambda: self._heard(since), RECOVERY,
+                               "Nova's services to be heard")
 
     @contextlib.contextmanager
     def frozen(self, pids: list[int]) -> Iterator[None]:
@@ -293,6 +300,10 @@ class Lab:
             # Nova takes a host for down that was last heard of at a time
             # to come.
             self.user.wait(self._all_up, RECOVERY, 'all hosts to be up')
+
+    def _heard(self, since: str) -> bool:
+        return all((service.updated_at or '') > since for service
+                   in self.user.cloud.compute.services())
 
     def _all_up(self) -> bool:
         return all(service.state == 'up' for service
