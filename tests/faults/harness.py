@@ -144,9 +144,10 @@ class Lab:
             self.user.sandbox('start', service)
             if service == 'rabbitmq':
                 # What is said to a service whose queue is not there yet is
-                # lost, and Nova says nothing twice.
+                # lost, and Nova says nothing twice. Who waits for a lost
+                # answer does so for a minute.
                 since = time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime())
-                self.user.wait(lambda: self._heard(since), RECOVERY,
+                self.user.wait(lambda: self._heard(since), 2 * RECOVERY,
                                "Nova's services to be heard")
 
     @contextlib.contextmanager
