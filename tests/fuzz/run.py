@@ -46,21 +46,24 @@ class Row:
     :ivar peak_mib: of resident memory.
     :ivar edges: of our code that some input reached.
     :ivar crashes: files of inputs that broke it.
+    :ivar sources: digest of the code that was fuzzed.
     """
 
     target: str
     executions: int = 0
-    cpu_seconds: float = 0.0
+    cpu_seconds: int = 0
     peak_mib: int = 0
     edges: int = 0
     crashes: int = 0
+    sources: str = ''
 
     def add(self, words: str, usage: resource.struct_rusage) -> None:
         """Count one run of libFuzzer by what it printed."""
         self.executions += number(r'stat::number_of_executed_units: +', words)
         self.peak_mib = max(self.peak_mib, usage.ru_maxrss >> 10)
         self.edges = max(self.edges, number(r'cov: ', words))
-        self.cpu_seconds += usage.ru_utime + usage.ru_stime
+        self.cpu_seconds = round(
+            self.cpu_seconds + usage.ru_utime + usage.ru_stime)
 
 
 def number(before: str, words: str) -> int:
@@ -99,10 +102,10 @@ class Fuzzer:
             [self.python, '-W', 'ignore', '-c', code], cwd=HERE, check=True,
             capture_output=True, text=True).stdout.split()
 
-    def fuzz(self, name: str, seconds: float) -> Row:
+    def fuzz(self, row: Row, seconds: float) -> None:
         """Try inputs until they took so many seconds of CPU, or one broke
         the target."""
-        row = Row(name)
+        name = row.target
         found = self.corpus(name)
         broken = self.home / 'crashes' / name
         broken.mkdir(parents=True, exist_ok=True)
@@ -114,10 +117,10 @@ class Fuzzer:
                 '-print_final_stats=1', str(found),
                 str(HERE / 'corpus' / name))
             row.crashes = len(set(broken.iterdir()) - before)
+            save(row)
             if status and not row.crashes:
                 raise SystemExit(f'{name}: the fuzzer ended with {status}; '
                                  f'see {self._log(name)}')
-        return row
 
     def corpus(self, name: str) -> pathlib.Path:
         """All inputs that reached something new, and the seeds."""
@@ -177,19 +180,33 @@ def show(rows: list[Row]) -> None:
               f'{row.peak_mib:5} {row.edges:6} {row.crashes:7}', flush=True)
 
 
-def save(rows: list[Row]) -> None:
-    """Replace the rows of these targets in bench/results/fuzz.json."""
-    known = {}
-    if RESULT.exists():
-        known = {row['target']: row
-                 for row in json.loads(RESULT.read_text())['targets']}
-    known |= {row.target: dataclasses.asdict(row) | {
-        'cpu_seconds': round(row.cpu_seconds)} for row in rows}
-    lines = ',\n'.join(json.dumps(known[name]) for name in sorted(known))
+def results() -> dict[str, Row]:
+    """The rows of bench/results/fuzz.json, by target."""
+    if not RESULT.exists():
+        return {}
+    return {row['target']: Row(**row)
+            for row in json.loads(RESULT.read_text())['targets']}
+
+
+def save(row: Row) -> None:
+    """Replace the row of its target there."""
+    known = results() | {row.target: row}
+    lines = ',\n'.join(json.dumps(dataclasses.asdict(known[name]))
+                       for name in sorted(known))
     RESULT.write_text(
         f'{{"fuzzer": "{ATHERIS}", "python": "{sys.version.split()[0]}", '
         f'"at": "{time.strftime("%Y-%m-%d", time.gmtime())}", "targets": [\n'
         f'{lines}\n]}}\n')
+
+
+def sources() -> str:
+    """Digest of the targets and of all that they may run of ours."""
+    digest = hashlib.sha256()
+    for top in (*sorted(ROOT.glob('fastboot_*')), HERE):
+        for path in sorted(top.rglob('*.py')):
+            digest.update(f'{path.relative_to(ROOT)}\0'.encode())
+            digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()[:16]
 
 
 def main() -> int:
@@ -199,6 +216,8 @@ def main() -> int:
                         default=ROOT / '.state')
     parser.add_argument('--seconds', type=float, default=600,
                         help='of CPU for each target; default: %(default)s')
+    parser.add_argument('--continue', action='store_true', dest='more',
+                        help='count what the same code had before')
     parser.add_argument('--keep', action='store_true',
                         help='put the best inputs into tests/fuzz/corpus')
     parser.add_argument('targets', nargs='*', metavar='target',
@@ -206,12 +225,16 @@ def main() -> int:
     args = parser.parse_args()
     fuzzer = Fuzzer(args.state_dir.absolute())
     fuzzer.install()
+    code = sources()
     rows: list[Row] = []
     for name in args.targets or fuzzer.names():
         if args.seconds:
-            rows.append(fuzzer.fuzz(name, args.seconds))
+            row = results().get(name) if args.more else None
+            if row is None or row.sources != code:
+                row = Row(name, sources=code)
+            fuzzer.fuzz(row, args.seconds)
+            rows.append(row)
             show(rows[-1:])
-            save(rows)
         if args.keep:
             fuzzer.keep(name)
     show(rows)
