@@ -132,8 +132,11 @@ def hook() -> str:
     again. The userspace datapath may go on with the old one's socket then
     (Open vSwitch 3.1): it has not made the new one promiscuous. Its port is
     made anew, so slowly that Neutron's agent, which looks every 2 seconds,
-    sees it go and come. In a subshell: with a function dash keeps libvirt's
-    pipes open, and libvirt waits for them, two seconds at each start.
+    sees it go and come. And when both change the new tap's flags at the same
+    time, one's change is lost: if it is libvirt's, the tap is down.
+
+    In a subshell: with a function dash keeps libvirt's pipes open, and
+    libvirt waits for them, two seconds at each start.
     """
     return '''\
 #!/bin/sh
@@ -142,6 +145,7 @@ taps=$(grep -o "dev='tap[0-9a-f-]*'" | cut -d "'" -f 2)
 (
     sleep 2
     for tap in $taps; do
+        ip link set "$tap" up
         ip link show "$tap" | grep -q PROMISC && continue
         ids=$(ovs-vsctl --timeout=5 get Interface "$tap" external_ids) &&
             ovs-vsctl --timeout=5 del-port "$tap" && sleep 5 &&
