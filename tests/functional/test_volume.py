@@ -634,7 +634,9 @@ def test_a_frame_that_cannot_be_had():
         model.close()
 
 
-def test_check_sees_damage():
+@contextlib.contextmanager
+def complete_image():
+    """World, host and volume with an image that is here as a whole."""
     with fast_directory() as path:
         world = World(path)
         world.publish('image', disk(60 * 4096, 1), range(30))
@@ -642,69 +644,61 @@ def test_check_sees_damage():
             host.sync()
             host.acquire('image', 'guest')
             host.hydrate('image')
-            one, image = host.find('image')
-            target = one.slot_of('image')
-            place = int(target.clusters()[3])
-            byte = os.pread(one._fd, 1, place + 100)
-            os.pwrite(one._fd, bytes([byte[0] ^ 1]), place + 100)
-            assert 'other content' in host.check('image')[1][0]
-            os.pwrite(one._fd, byte, place + 100)
-            assert host.check('image')[1] == []
-            table = int(target.tables[0])
-            number = data_blocks(world.data['image'])[0]
-            entry = os.pread(one._fd, 8, table + number * 8)
-            for wrong in (bytes(8), bytes(7) + b'\1'):
-                os.pwrite(one._fd, wrong, table + number * 8)
-                assert host.check('image')[1]
-            os.pwrite(one._fd, entry, table + number * 8)
-            assert host.check('image')[1] == []
+            yield world, host, host.find('image')[0]
+
+
+def flip(one, place):
+    byte = os.pread(one._fd, 1, place)
+    os.pwrite(one._fd, bytes([byte[0] ^ 1]), place)
+
+
+def test_check_sees_damage():
+    with complete_image() as (world, host, one):
+        target = one.slot_of('image')
+        place = int(target.clusters()[3])
+        flip(one, place + 100)
+        assert 'other content' in host.check('image')[1][0]
+        flip(one, place + 100)
+        assert host.check('image')[1] == []
+        table = int(target.tables[0])
+        number = data_blocks(world.data['image'])[0]
+        entry = os.pread(one._fd, 8, table + number * 8)
+        for wrong in (bytes(8), bytes(7) + b'\1'):
+            os.pwrite(one._fd, wrong, table + number * 8)
+            assert host.check('image')[1]
+        os.pwrite(one._fd, entry, table + number * 8)
+        assert host.check('image')[1] == []
 
 
 def test_repair_writes_damaged_blocks_anew():
-    with fast_directory() as path:
-        world = World(path)
-        world.publish('image', disk(60 * 4096, 1), range(30))
-        with world.host() as host:
-            host.sync()
-            host.acquire('image', 'guest')
-            host.hydrate('image')
-            one, image = host.find('image')
-            assert host.repair('image') == 0
-            for place in one.slot_of('image').clusters()[3:12:4].tolist():
-                byte = os.pread(one._fd, 1, place + 100)
-                os.pwrite(one._fd, bytes([byte[0] ^ 1]), place + 100)
-            assert len(host.check('image')[1]) == 3
-            # What the mirror has is damaged, too: the repository helps.
-            for pack in (world.path / 'host' / 'mirror' / 'packs').rglob('*'):
-                if pack.is_file():
-                    pack.write_bytes(bytes(pack.stat().st_size))
-            assert host.repair('image') == 3
-            assert verify(one.path, host.image('image'),
-                          world.data['image']) == 0
-            assert host.check('image')[1] == []
+    with complete_image() as (world, host, one):
+        assert host.repair('image') == 0
+        for place in one.slot_of('image').clusters()[3:12:4].tolist():
+            flip(one, place + 100)
+        assert len(host.check('image')[1]) == 3
+        # What the mirror has is damaged, too: the repository helps.
+        for pack in (world.path / 'host' / 'mirror' / 'packs').rglob('*'):
+            if pack.is_file():
+                pack.write_bytes(bytes(pack.stat().st_size))
+        assert host.repair('image') == 3
+        assert verify(one.path, host.image('image'),
+                      world.data['image']) == 0
+        assert host.check('image')[1] == []
 
 
 def test_repair_writes_nothing_into_the_place_of_another_block():
     """A damaged table names it; that one's bytes are right."""
-    with fast_directory() as path:
-        world = World(path)
-        world.publish('image', disk(60 * 4096, 1), range(30))
-        with world.host() as host:
-            host.sync()
-            host.acquire('image', 'guest')
-            host.hydrate('image')
-            one, image = host.find('image')
-            table = int(one.slot_of('image').tables[0])
-            first, second = data_blocks(world.data['image'])[:2]
-            entry = os.pread(one._fd, 8, table + first * 8)
-            os.pwrite(one._fd, os.pread(one._fd, 8, table + second * 8),
-                      table + first * 8)
-            assert host.repair('image') == 0
-            assert len(host.check('image')[1]) == 1
-            os.pwrite(one._fd, entry, table + first * 8)
-            assert verify(one.path, host.image('image'),
-                          world.data['image']) == 0
-            assert host.check('image')[1] == []
+    with complete_image() as (world, host, one):
+        table = int(one.slot_of('image').tables[0])
+        first, second = data_blocks(world.data['image'])[:2]
+        entry = os.pread(one._fd, 8, table + first * 8)
+        os.pwrite(one._fd, os.pread(one._fd, 8, table + second * 8),
+                  table + first * 8)
+        assert host.repair('image') == 0
+        assert len(host.check('image')[1]) == 1
+        os.pwrite(one._fd, entry, table + first * 8)
+        assert verify(one.path, host.image('image'),
+                      world.data['image']) == 0
 
 
 @pytest.mark.parametrize('text', [
