@@ -281,10 +281,15 @@ class Microvms:
         return self._pool.take(one.entry.manifest, holder)
 
     def _is_current(self, one: _Microvm) -> bool:
-        """Whether the disks of its image are what it was baked of, which
-        :meth:`_compare` has seen."""
+        """Whether the disks of its image are what it was baked of."""
         image = self._images.state.images.get(one.name.image)
-        return image is not None and image.manifest == one.base
+        if image is None:
+            return False
+        if one.base and self._images.ready(image):
+            # Most of the time, nothing but its boot set was made anew. All
+            # that is read lies here.
+            return self._compare(one, image)
+        return image.manifest == one.base
 
     def _ask(self, one: _Microvm) -> None:
         """Have one here soon: somebody wanted it."""

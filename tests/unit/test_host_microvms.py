@@ -283,6 +283,20 @@ def test_another_content_of_the_image(place):
     assert place.one.take('one', HOLDER)
 
 
+def test_a_new_boot_set_of_the_image(place):
+    """Its µVM is lent on, before anybody has looked again."""
+    place.add('one')
+    place.look()
+    place.store.images.remove('one')
+    put(place.store.images, place.path / 'work', 'one', place.store.image,
+        range(6))
+    place.images.refresh()
+    with pytest.raises(exception.NotFound, match='not ready'):
+        place.one.take('one', HOLDER)
+    place.images.pull(place.images.state.images['one'])
+    assert place.one.take('one', HOLDER)
+
+
 def test_removed_while_it_is_in_use(place):
     entry = place.add('one')
     place.look()
