@@ -230,7 +230,10 @@ def _disks(tree: document.Element, root: document.Element
             continue
         file = source.get('file')
         if disk.get('device') == 'cdrom' and file:
-            found.append(template.drive(pathlib.Path(file), next(names)))
+            name = next(names, None)
+            if name is None:
+                raise Unsuitable('it has no name left for another disk')
+            found.append(template.drive(pathlib.Path(file), name))
         elif (disk.get('device', 'disk') == 'disk'
               and disk.find("target[@bus='virtio']") is not None):
             found.append(disk)

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import types
+import string
 import uuid
 
 import microvms
@@ -282,6 +283,17 @@ class TestInstance:
         one = clone.instance(xml, MACHINE)
         target = one.plugged[0].find('target')
         assert (target.get('dev'), target.get('bus')) == ('vdz', 'virtio')
+
+    def test_no_name_is_left_for_a_cd(self):
+        volumes = ''.join(
+            f"<disk type='block'><source dev='/dev/{letter}'/>"
+            f"<target dev='vd{letter}' bus='virtio'/></disk>"
+            for letter in string.ascii_lowercase)
+        with pytest.raises(clone.Unsuitable, match='no name left'):
+            clone.instance(server().xml().replace('</devices>', (
+                f"<disk type='file' device='cdrom'><source file='/i/cd'/>"
+                f"<target dev='sda' bus='sata'/></disk>{volumes}</devices>"),
+                ), MACHINE)
 
     @pytest.mark.parametrize('other', [
         "<disk type='file' device='cdrom'><source file='/i/cd'/>"
