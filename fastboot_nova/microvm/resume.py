@@ -128,7 +128,14 @@ def resume(connection: Any, lane: Lane, spec: Spec, *,
     :raises Unsuitable: the instance cannot be such a copy; nothing was done.
     :raises ResumeFailed: it did not come up.
     """
-    instance = clone.instance(spec.xml, lane.description.machine)
+    try:
+        instance = clone.instance(spec.xml, lane.description.machine)
+    except exception.FastbootError:
+        raise
+    except Exception as error:
+        # What is not foreseen in a definition is no reason for an error
+        # (26 volumes and a CD were, once).
+        raise clone.Unsuitable(f'not foreseen: {error!r}') from error
     kind = lane.description.key.virt_type
     if instance.tree.get('type') != kind:
         raise clone.Unsuitable(f'it was baked for {kind}')

@@ -4,10 +4,10 @@
 import re
 import shlex
 import shutil
+import string
 import subprocess
 import sys
 import types
-import string
 import uuid
 
 import microvms
