@@ -283,13 +283,12 @@ class Microvms:
     def _is_current(self, one: _Microvm) -> bool:
         """Whether the disks of its image are what it was baked of."""
         image = self._images.state.images.get(one.name.image)
-        if image is None:
+        if image is None or not one.base:
             return False
-        if one.base and self._images.ready(image):
-            # Most of the time, nothing but its boot set was made anew. All
-            # that is read lies here.
-            return self._compare(one, image)
-        return image.manifest == one.base
+        # Most of the time, nothing but its boot set was made anew. All that
+        # is read for that lies here.
+        return image.manifest == one.base or (
+            self._images.ready(image) and self._compare(one, image))
 
     def _ask(self, one: _Microvm) -> None:
         """Have one here soon: somebody wanted it."""

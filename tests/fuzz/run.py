@@ -117,10 +117,10 @@ class Fuzzer:
                 '-print_final_stats=1', str(found),
                 str(HERE / 'corpus' / name))
             row.crashes = len(set(broken.iterdir()) - before)
-            save(row)
             if status and not row.crashes:
                 raise SystemExit(f'{name}: the fuzzer ended with {status}; '
                                  f'see {self._log(name)}')
+            save(row)
 
     def corpus(self, name: str) -> pathlib.Path:
         """All inputs that reached something new, and the seeds."""

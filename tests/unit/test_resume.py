@@ -3,6 +3,7 @@
 
 import threading
 import time
+import types
 
 import pytest
 
@@ -48,6 +49,18 @@ def test_whatever_libvirt_says_is_a_failure(fail):
     with pytest.raises(resume.ResumeFailed) as found, one._failing():
         fail()
     assert found.value.phase == 'load'
+
+
+def test_what_is_not_foreseen_in_a_definition(monkeypatch):
+    """Nothing was done; the server boots."""
+    def fail(xml, machine):
+        raise StopIteration
+
+    monkeypatch.setattr(resume.clone, 'instance', fail)
+    lane = types.SimpleNamespace(
+        description=types.SimpleNamespace(machine=None))
+    with pytest.raises(resume.clone.Unsuitable, match='StopIteration'):
+        resume.resume(None, lane, types.SimpleNamespace(xml=''))
 
 
 def test_late_before_there_is_a_qemu():
