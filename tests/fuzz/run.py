@@ -102,6 +102,12 @@ class Fuzzer:
             [self.python, '-W', 'ignore', '-c', code], cwd=HERE, check=True,
             capture_output=True, text=True).stdout.split()
 
+    def sources(self, name: str) -> str:
+        """Digest of the code that a target runs."""
+        return subprocess.run(
+            [self.python, '-W', 'ignore', HERE / 'sources.py', name],
+            check=True, capture_output=True, text=True).stdout.strip()
+
     def fuzz(self, row: Row, seconds: float) -> None:
         """Try inputs until they took so many seconds of CPU, or one broke
         the target."""
@@ -199,16 +205,6 @@ def save(row: Row) -> None:
         f'{lines}\n]}}\n')
 
 
-def sources() -> str:
-    """Digest of the targets and of all that they may run of ours."""
-    digest = hashlib.sha256()
-    for top in (*sorted(ROOT.glob('fastboot_*')), HERE):
-        for path in sorted(top.rglob('*.py')):
-            digest.update(f'{path.relative_to(ROOT)}\0'.encode())
-            digest.update(hashlib.sha256(path.read_bytes()).digest())
-    return digest.hexdigest()[:16]
-
-
 def main() -> int:
     """Status 1 if something was broken."""
     parser = argparse.ArgumentParser(prog='fuzz', description=__doc__)
@@ -225,10 +221,10 @@ def main() -> int:
     args = parser.parse_args()
     fuzzer = Fuzzer(args.state_dir.absolute())
     fuzzer.install()
-    code = sources()
     rows: list[Row] = []
     for name in args.targets or fuzzer.names():
         if args.seconds:
+            code = fuzzer.sources(name)
             row = results().get(name) if args.more else None
             if row is None or row.sources != code:
                 row = Row(name, sources=code)
