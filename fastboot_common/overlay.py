@@ -6,12 +6,14 @@ nothing is opened that could wait. True for the disks of old instances,
 rescue disks and images that nobody knows any more.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import pathlib
 import struct
+from collections.abc import Iterator
 from typing import Final
 
 from fastboot_common import chain, exception, qcow2
@@ -103,6 +105,21 @@ def is_empty(path: pathlib.Path) -> bool:
         raise exception.NotFound(f'{path} is not there') from error
     except OverflowError:
         return False
+
+
+def lying_on(base: pathlib.Path) -> Iterator[pathlib.Path]:
+    """The disks of servers that name a base as their backing.
+
+    Of all that share its directory of instances, and in whatever state:
+    rescued, resized, on their way here.
+
+    :param base: in Nova's directory of bases; it need not be there.
+    """
+    for disk in base.parent.parent.glob('*/disk*'):
+        with contextlib.suppress(exception.FastbootError):
+            found = read_backing(disk)
+            if found and found[0] == str(base):
+                yield disk
 
 
 def read_stub(path: pathlib.Path) -> Stub | None:

@@ -296,7 +296,7 @@ class FastbootQcow2(imagebackend.Qcow2):
         while True:
             try:
                 lease = agent().acquire(
-                    self._image_of(stub, image_id), stub)
+                    self._image_of(stub, image_id), stub, removed=True)
                 self._write_stub(stub, lease.link)
                 return stub
             except (exception.FastbootError, OSError) as error:

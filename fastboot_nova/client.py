@@ -106,16 +106,19 @@ class Agent:
         self._path = path
         self._seconds = seconds
 
-    def acquire(self, image_id: str, stub: pathlib.Path) -> Lease:
+    def acquire(self, image_id: str, stub: pathlib.Path,
+                removed: bool = False) -> Lease:
         """Lease an image for as long as a stub exists.
 
+        :param removed: one that was deregistered will do: disks need it.
         :raises NotFound: the image is not ours, or not on this host yet.
         :raises Busy: it is being made ready; a repeat may find it so.
         :raises Unavailable: the agent does not answer, or cannot now.
         """
         return Lease.parse(image_id, self._call(
             'POST', '/v1/acquire', {'image': image_id, 'holder': 'nova',
-                                    'file': str(stub)}))
+                                    'file': str(stub),
+                                    'removed': removed}))
 
     def prepare(self, image_id: str) -> None:
         """Bring the whole image here, in the background.
@@ -187,6 +190,14 @@ class Agent:
         self._call('POST', '/v1/microvms/return', {
             'lane': token, 'outcome': outcome, 'phase': phase,
             'reason': reason[:_WORDS], 'seconds': dict(seconds or {})})
+
+    def leave(self, holder: str) -> None:
+        """Have a guest not started that reboots just now.
+
+        :param holder: the instance's UUID.
+        :raises Unavailable: the agent does not answer.
+        """
+        self._call('POST', '/v1/reboots/leave', {'holder': holder})
 
     def _call(self, method: str, path: str,
               body: dict[str, Any] | None) -> dict[str, Any]:

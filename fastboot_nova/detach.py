@@ -26,6 +26,8 @@ _POLL_SECONDS: Final = 0.5
 #: Longest that a base may take to be made or compared.
 _COPY_SECONDS: Final = 3600
 #: Nova's, for files that hosts share (nova.utils.synchronized).
+#: What Nova has of a server that is in rescue, beside its disks.
+_UNRESCUE: Final = 'unrescue.xml'
 _LOCK_PREFIX: Final = 'nova-'
 
 #: Called with bytes that were done since the last call.
@@ -85,11 +87,28 @@ class Detacher:
         self._rate = rate
 
     def domain(self, disk: Disk) -> Any:
-        """The running guest of a disk; None: it is off."""
+        """The running guest of a disk; None: it is off.
+
+        :raises Unavailable: it is suspended.
+        """
         for domain in self._connection.listAllDomains():
-            if domain.UUIDString() == disk.server and domain.isActive():
-                return domain
+            if domain.UUIDString() == disk.server:
+                if domain.isActive():
+                    return domain
+                if domain.hasManagedSaveImage():
+                    raise exception.Unavailable(
+                        f'server {disk.server} is suspended, and would be '
+                        f'resumed on local blocks; resume it first')
         return None
+
+    @staticmethod
+    def _check_not_rescued(disk: Disk) -> None:
+        """:raises Unavailable: the server waits for its definition, in which
+        Nova keeps the whole chain."""
+        if (disk.path.parent / _UNRESCUE).exists():
+            raise exception.Unavailable(
+                f'server {disk.server} is in rescue, and would be unrescued '
+                f'on local blocks; unrescue it first')
 
     def detach(self, disk: Disk, told: Progress) -> None:
         """Make one disk plain.
@@ -105,6 +124,7 @@ class Detacher:
             raise exception.NotFound(
                 f'{disk.stub} is not there; start the server once, with '
                 f'agent and driver as they were')
+        self._check_not_rescued(disk)
         domain = self.domain(disk)
         if domain is not None:
             self._pull(disk, domain, told)

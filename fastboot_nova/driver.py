@@ -13,6 +13,7 @@ import os
 import pathlib
 import time
 import types
+from collections.abc import Iterator
 from typing import Any, Final
 
 import nova.conf
@@ -21,6 +22,7 @@ import os_resource_classes as orc
 from lxml import etree
 from nova import exception as nova_exception
 from nova import objects
+from nova.compute import power_state
 from nova.virt.libvirt import driver, migration
 from nova.virt.libvirt import guest as libvirt_guest
 from nova.virt.libvirt import utils as libvirt_utils
@@ -48,6 +50,8 @@ class FastbootLibvirtDriver(driver.LibvirtDriver):
         self._is_local = False
         #: Servers that are being started for the first time.
         self._new: set[str] = set()
+        #: Those of them that were resumed.
+        self._resumed: set[str] = set()
         kind = self.image_backend.backend()
         if kind is not driver.imagebackend.Qcow2:
             LOG.warning(
@@ -60,6 +64,26 @@ class FastbootLibvirtDriver(driver.LibvirtDriver):
         self._is_local = True
 
     # New servers
+
+    def spawn(self, context: Any, instance: Any, *args: Any,
+              **kwargs: Any) -> None:
+        """As Nova's."""
+        try:
+            super().spawn(context, instance, *args, **kwargs)
+        finally:
+            self._resumed.discard(instance.uuid)
+
+    def get_info(self, instance: Any, use_cache: bool = True) -> Any:
+        """Nova's; but a server that was resumed did run.
+
+        Nova waits without end to see a new server run. What this one did
+        since, it is told when the server is built.
+        """
+        info = super().get_info(instance, use_cache=use_cache)
+        if (instance.uuid in self._resumed
+                and info.state == power_state.SHUTDOWN):
+            info.state = power_state.RUNNING
+        return info
 
     def _create_guest_with_network(
             self, context: Any, xml: str, instance: Any, *args: Any,
@@ -82,6 +106,7 @@ class FastbootLibvirtDriver(driver.LibvirtDriver):
             guest = spawn.attempt(self._host, xml, instance,
                                   post_xml_callback or (lambda: None))
             if guest is not None:
+                self._resumed.add(instance.uuid)
                 if not pause:
                     guest.resume()
                 return guest
@@ -116,11 +141,33 @@ class FastbootLibvirtDriver(driver.LibvirtDriver):
             return
         self._held = -(-count // units.Gi) if shared else 0
 
+    def _destroy(self, instance: Any) -> None:
+        # The way of all that ends a guest: nobody starts one anew that has
+        # just rebooted, under the hands of Nova.
+        if _stubs(instance):
+            spawn.leave(instance)
+        self._resumed.discard(instance.uuid)
+        super()._destroy(instance)
+
+    def finish_revert_migration(self, context: Any, instance: Any,
+                                *args: Any, **kwargs: Any) -> None:
+        """As Nova's; what the disks lie on may have gone meanwhile.
+
+        The server was another host's, and Nova's cache manager is quicker
+        with stubs than with bases.
+        """
+        try:
+            self._prepare(instance, _stubs(instance, '_resize'))
+        except nova_exception.InvalidDiskInfo as error:
+            # It fails where Nova can go on from.
+            LOG.warning('fastboot: %s', error, instance=instance)
+        super().finish_revert_migration(context, instance, *args, **kwargs)
+
     def _hard_reboot(self, context: Any, instance: Any, *args: Any,
                      **kwargs: Any) -> Any:
         # Nova destroys the domain first and makes missing bases last. Also
         # the way of every start (power_on, resume_state_on_host_boot).
-        self._prepare(instance)
+        self._prepare(instance, _stubs(instance))
         return super()._hard_reboot(context, instance, *args, **kwargs)
 
     def pre_live_migration(self, context: Any, instance: Any, *args: Any,
@@ -131,15 +178,16 @@ class FastbootLibvirtDriver(driver.LibvirtDriver):
         volume below them is never shared.
         """
         data = super().pre_live_migration(context, instance, *args, **kwargs)
-        self._prepare(instance)
+        self._prepare(instance, _stubs(instance))
         return data
 
-    def _prepare(self, instance: Any) -> None:
+    def _prepare(self, instance: Any,
+                 stubs: dict[str, pathlib.Path]) -> None:
         """Have here what the disks of a server lie on.
 
         :raises InvalidDiskInfo: it does not come.
         """
-        for disk, stub in _stubs(instance).items():
+        for disk, stub in stubs.items():
             image = self.image_backend.by_libvirt_path(instance, disk)
             image.restore(stub, instance.image_ref)
             backend.check_chain(disk)
@@ -258,9 +306,10 @@ class FastbootLibvirtDriver(driver.LibvirtDriver):
         own = self._definition(instance, migrate_data, guest)
         if own:
             guest.migrate = functools.partial(_migrate, guest, own)
-        super()._live_migration_operation(
-            context, instance, dest, block_migration, migrate_data, guest,
-            device_names)
+        with _watched(guest) if own else contextlib.nullcontext():
+            super()._live_migration_operation(
+                context, instance, dest, block_migration, migrate_data,
+                guest, device_names)
 
     def _definition(self, instance: Any, migrate_data: Any,
                     guest: Any) -> str | None:
@@ -370,9 +419,39 @@ def _migrate(guest: Any, definition: str, *args: Any, **kwargs: Any) -> None:
     libvirt_guest.Guest.migrate(found, *args, **kwargs)
 
 
-def _stubs(instance: Any) -> dict[str, pathlib.Path]:
-    """The disks of a server that lie on stubs."""
-    directory = pathlib.Path(libvirt_utils.get_instance_path(instance))
+@contextlib.contextmanager
+def _watched(guest: Any) -> Iterator[None]:
+    """While a guest migrates, see that it has when it ends.
+
+    Nova takes one that ended for one that has moved, and removes its disks.
+    A resumed guest ends when it reboots, and its migration fails then.
+    """
+    ask, unless = guest.get_job_info, driver.libvirt.VIR_DOMAIN_JOB_NONE
+    ended = (driver.libvirt.VIR_DOMAIN_JOB_NONE,
+             driver.libvirt.VIR_DOMAIN_JOB_COMPLETED)
+
+    @functools.wraps(ask)
+    def get_job_info() -> Any:
+        info = ask()
+        if unless is not None and info.type in ended:
+            info.type = unless
+        return info
+
+    guest.get_job_info = get_job_info
+    try:
+        yield
+    except BaseException:
+        unless = driver.libvirt.VIR_DOMAIN_JOB_FAILED
+        raise
+    unless = None
+
+
+def _stubs(instance: Any, end: str = '') -> dict[str, pathlib.Path]:
+    """The disks of a server that lie on stubs.
+
+    :param end: of the name of the server's directory.
+    """
+    directory = pathlib.Path(libvirt_utils.get_instance_path(instance) + end)
     disks = sorted(map(str, directory.glob('disk*')))
     return {disk: stub for disk in disks
             if (stub := backend.stub_of(disk)) is not None}

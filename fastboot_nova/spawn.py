@@ -35,6 +35,8 @@ MICROVM: Final = 'fastboot:microvm'
 #: Extra specs that ask for a processor which the template may not have.
 _TRAITS: Final = 'trait:HW_CPU_'
 _BUSY_SECONDS: Final = 0.05
+#: Within which a QEMU is gone that takes no more orders.
+_ENDING_SECONDS: Final = 2.0
 _NEW: Final = '.new'
 
 
@@ -44,23 +46,45 @@ class Guest(libvirt_guest.Guest):
     To Nova it is one that was started paused.
     """
 
-    def __init__(self, resumed: resume.Resumed) -> None:
+    def __init__(self, resumed: resume.Resumed, instance: Any) -> None:
         super().__init__(resumed.domain)
         self._resumed = resumed
+        self._instance = instance
 
     def resume(self) -> None:
         """Raise the links.
 
-        A guest that has rebooted meanwhile, and ended, is started by the
-        agent with the machine that Nova defined, which has them.
+        A guest that has ended meanwhile is started, with the machine that
+        Nova defined, which has them: others begin to run only now.
+
+        :raises libvirt.libvirtError: it runs, and has no links.
         """
         try:
             self._resumed.link()
         except libvirt.libvirtError as error:
-            if self.is_active():
+            if not self._has_ended():
                 raise
-            LOG.info('fastboot: the guest ended before its links came: %s',
-                     error)
+            LOG.info('fastboot: the guest ended before its links came, and '
+                     'is started: %s', error, instance=self._instance)
+            self._start()
+
+    def _has_ended(self) -> bool:
+        """Whether it runs no more, or soon will not."""
+        deadline = time.monotonic() + _ENDING_SECONDS
+        while self.is_active():
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(_BUSY_SECONDS)
+        return True
+
+    def _start(self) -> None:
+        leave(self._instance)
+        try:
+            self._domain.create()
+        except libvirt.libvirtError:
+            # The agent may have been quicker.
+            if not self.is_active():
+                raise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,6 +153,15 @@ def attempt(host: Any, xml: str, instance: Any,
         return None
     return _Attempt(host.get_connection(), xml, instance, disk, lane).run(
         prepare)
+
+
+def leave(instance: Any) -> None:
+    """Have the agent not start a server that reboots just now."""
+    try:
+        backend.agent().leave(instance.uuid)
+    except exception.FastbootError as error:
+        LOG.debug('fastboot: the agent hears nothing: %s', error,
+                  instance=instance)
 
 
 def is_resumed(xml: str) -> bool:
@@ -205,7 +238,7 @@ class _Attempt:
                      for name, moment in done.seconds.items()),
                  instance=self._instance)
         self._emit('resumed', phases=done.seconds)
-        return Guest(done)
+        return Guest(done, self._instance)
 
     def _resume(self, prepare: Callable[[], None]) -> resume.Resumed:
         def prepared() -> None:
@@ -220,6 +253,8 @@ class _Attempt:
 
     def _fall_back(self, failure: resume.ResumeFailed) -> None:
         if failure.phase != resume.BEGIN:
+            # What was loaded wrong may have reset itself.
+            leave(self._instance)
             # Else it may be the disk of the domain that is there.
             self._disk.renew()
         LOG.warning('fastboot: %s; booted from a fresh disk after %.1f s',

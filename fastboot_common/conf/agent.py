@@ -90,7 +90,10 @@ OPTS = [
         'loop', default=False,
         help='Give each volume a read-only loop device without direct I/O. '
              'Guests whose disks have cache mode "none" then share the page '
-             'cache. Needs root.'),
+             'cache. Needs root. What libvirt saves of a suspended or '
+             'rescued server names the device, whose number is another '
+             'after the host has rebooted: resume or unrescue servers '
+             'before.'),
 
     # Guests
     cfg.FloatOpt(

@@ -193,9 +193,20 @@ def possible() -> int:
     return int(last.split('-')[-1]) + 1
 
 
+def machine_ids() -> 'list[str]':
+    """The files with this machine's id."""
+    other = '/var/lib/dbus/machine-id'
+    has_other = os.path.exists(other) and not os.path.islink(other)
+    return ['/etc/machine-id'] + ([other] if has_other else [])
+
+
 def forget(started: float) -> None:
     """Remove what this boot left on the disk for itself."""
     remove(STATE + SECRETS)
+    # Whose guest ends before its own is on the disk gets a new one at its
+    # next boot, and not the same as all the others.
+    for path in machine_ids():
+        write(path, '')
     for path in glob.glob('/var/log/*'):
         if os.path.isfile(path) and os.path.getmtime(path) >= started:
             os.truncate(path, 0)
@@ -303,11 +314,8 @@ def wait_for_hardware(cpus: int, blocks: int) -> None:
 
 def rename(uuid: str, hostname: str) -> None:
     """Become somebody: ids, name and seed."""
-    machine = uuid.replace('-', '') + '\n'
-    write('/etc/machine-id', machine)
-    other = '/var/lib/dbus/machine-id'
-    if os.path.exists(other) and not os.path.islink(other):
-        write(other, machine)
+    for path in machine_ids():
+        write(path, uuid.replace('-', '') + '\n')
     socket.sethostname(hostname)
     write('/etc/hostname', hostname + '\n')
     if os.path.isdir('/var/lib/systemd'):

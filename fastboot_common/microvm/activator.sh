@@ -122,12 +122,18 @@ links() {
     done
 }
 
-rename() {
-    echo "$1" | tr -d - > /etc/machine-id
+# An empty one is made anew by a boot that comes too soon; see activator.py.
+machine_id() {
+    printf %s "${1:+$(echo "$1" | tr -d -)
+}" > /etc/machine-id
     if [ -f /var/lib/dbus/machine-id ] && [ ! -L /var/lib/dbus/machine-id ]
     then
         cat /etc/machine-id > /var/lib/dbus/machine-id
     fi
+}
+
+rename() {
+    machine_id "$1"
     echo "$2" > /proc/sys/kernel/hostname
     echo "$2" > /etc/hostname
     forget
@@ -173,6 +179,7 @@ stopped=$(services)
 # shellcheck disable=SC2086 # names of units have no spaces
 [ -z "$stopped" ] || systemctl stop $stopped
 machine=$(cat /etc/machine-id)
+machine_id ''
 forget
 rm -rf /var/lib/cloud/instance /var/lib/cloud/instances \
     /var/lib/cloud/data /var/lib/cloud/sem /run/cloud-init

@@ -182,11 +182,11 @@ class Agent:
         self._told.ensure_bytes.inc(length)
         self._told.ensure_seconds.observe(time.monotonic() - begun)
 
-    def acquire(self, image_id: str, holder: str,
-                file: str) -> dict[str, Any]:
+    def acquire(self, image_id: str, holder: str, file: str,
+                removed: bool) -> dict[str, Any]:
         """Lease an image for a guest."""
         try:
-            done = self._guests.acquire(image_id, holder, file)
+            done = self._guests.acquire(image_id, holder, file, removed)
         except exception.FastbootError as error:
             self._miss(image_id, error)
             raise
@@ -265,6 +265,7 @@ class Agent:
         :raises NotFound: there is none here, or nobody would start the
             guest again when it reboots; and why.
         """
+        self._reboots.follow(holder)
         return self._microvms.take(
             image_id, holder, '' if self._reboots.watching else
             'libvirt tells no reboots of guests to this host\'s agent')
@@ -277,6 +278,10 @@ class Agent:
                   seconds: dict[str, float]) -> None:
         """See :meth:`microvms.Microvms.give_back`."""
         self._microvms.give_back(token, outcome, phase, reason, seconds)
+
+    def leave(self, holder: str) -> None:
+        """See :meth:`reboots.Reboots.leave`."""
+        self._reboots.leave(holder)
 
     def status(self) -> dict[str, Any]:
         """The state of the parts; cheap."""

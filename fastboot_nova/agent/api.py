@@ -29,8 +29,8 @@ class Served(Protocol):
 
     def ensure(self, image_id: str, offset: int, length: int) -> None: ...
 
-    def acquire(self, image_id: str, holder: str,
-                file: str) -> dict[str, Any]: ...
+    def acquire(self, image_id: str, holder: str, file: str,
+                removed: bool) -> dict[str, Any]: ...
 
     def release(self, image_id: str, holder: str, file: str) -> None: ...
 
@@ -49,6 +49,8 @@ class Served(Protocol):
     def give_back(self, token: str, outcome: str, phase: str, reason: str,
                   seconds: dict[str, float]) -> None: ...
 
+    def leave(self, holder: str) -> None: ...
+
 
 def routes(agent: Callable[[], Served],
            status: Callable[[], dict[str, Any]]) -> list[localapi.Route]:
@@ -58,7 +60,8 @@ def routes(agent: Callable[[], Served],
     :param status: gives the state of the service.
     """
     def acquire(body: localapi.Body) -> localapi.Body:
-        return agent().acquire(*_lease(body))
+        return agent().acquire(*_lease(body),
+                               body.get('removed') is True)
 
     def release(body: localapi.Body) -> localapi.Body:
         agent().release(*_lease(body))
@@ -99,6 +102,10 @@ def routes(agent: Callable[[], Served],
         agent().give_back(_token(body), *_outcome(body))
         return {}
 
+    def leave(body: localapi.Body) -> localapi.Body:
+        agent().leave(_holder(body))
+        return {}
+
     return [
         ensure.route(lambda *extent: agent().ensure(*extent)),
         localapi.Route('POST', '/v1/acquire', acquire),
@@ -113,6 +120,7 @@ def routes(agent: Callable[[], Served],
         localapi.Route('POST', '/v1/microvms/dress', dress,
                        body=_DEFINITION),
         localapi.Route('POST', '/v1/microvms/return', give_back),
+        localapi.Route('POST', '/v1/reboots/leave', leave),
         localapi.Route('GET', '/v1/status', lambda body: status()),
     ]
 

@@ -4,13 +4,20 @@
 A guest that comes never waits for the network, and for nothing longer than a
 fixed time: who asks has another way to start it.
 
-A lease lasts while its file (Nova's base image) exists. That is looked at
-from time to time; a lease ends only if the directory is there, the file was
-missing at two looks, and nobody asked for the lease meanwhile. Times are those
-of this process: a clock that jumps ends no lease.
+A lease lasts while its file (Nova's base image) exists, or a disk names it.
+That is looked at from time to time; a lease ends only if the directory is
+there, the file was missing at two looks, no disk lies on it, and nobody asked
+for the lease meanwhile. Times are those of this process: a clock that jumps
+ends no lease.
+
+Disks are looked at because Nova removes bases of which it knows no server:
+the ones of rescue disks, of servers that migrate for longer than an hour or
+wait for their resize to be confirmed. To a running QEMU the loss of a base is
+nothing; that of the blocks below it would be wrong bytes.
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import os
@@ -22,7 +29,7 @@ from typing import Final
 
 from oslo_log import log as logging
 
-from fastboot_common import chain, exception, journal, volume
+from fastboot_common import chain, exception, journal, overlay, volume
 from fastboot_nova import host
 from fastboot_nova.agent import loopdevice
 
@@ -101,13 +108,16 @@ class Guests:
 
     # Coming
 
-    def acquire(self, image_id: str, holder: str, file: str) -> Acquired:
+    def acquire(self, image_id: str, holder: str, file: str,
+                removed: bool = False) -> Acquired:
         """Lease an image, and make it ready for a guest.
 
         A call that fails may leave a lease, which ends by itself: another
         guest may have got the same one meanwhile.
 
         :param file: the lease lasts while it exists.
+        :param removed: an image that was deregistered will do; what of it is
+            not on this host comes in the background.
         :raises NotFound: the image is not registered.
         :raises NotHereError: its boot set is not on this host.
         :raises Busy: it would take longer than a guest may wait.
@@ -118,26 +128,42 @@ class Guests:
         with self._lock:
             self.coming += 1
         try:
-            image = self._local_image(image_id)
-            one = self._host.open_volume(image.domain)
+            image = self._image(image_id, removed)
+            one = (self._host.open_volume(image.domain) if image
+                   else self._host.find(image_id)[0])
             one.lease(image_id, holder, file, self._wait)
             self._note(image_id, holder, file)
             thawed = self._thaw(
-                image, self._wait - (time.monotonic() - begun))
+                image, self._wait - (time.monotonic() - begun)
+            ) if image else 0
             link = self._host.link(image_id)
             if not link.complete and not self._reachable():
                 raise exception.Unavailable(
                     f'image {image_id} is not complete, and the export does '
                     f'not answer')
-            self._host.read_ahead(image)
+            if image:
+                self._host.read_ahead(image)
             device = self._loops.attach(one.file) if self._loops else None
             return Acquired(link, device, thawed, time.monotonic() - begun)
         finally:
             with self._lock:
                 self.coming -= 1
 
-    def _local_image(self, image_id: str) -> journal.Image:
-        image = self._host.mirror.state.images.get(image_id)
+    def _image(self, image_id: str, removed: bool) -> journal.Image | None:
+        """The image that a guest is to have.
+
+        :returns: None: what has a slot here already, and is not registered
+            any more under this serial.
+        """
+        state = self._host.mirror.state
+        image = state.images.get(image_id)
+        if removed:
+            with contextlib.suppress(exception.NotFound):
+                here = self._host.find(image_id)[1]
+                if image is None or here.serial != image.serial:
+                    return None
+        if image is None and removed:
+            return _last(state, image_id)
         if image is None:
             raise exception.NotFound(f'image {image_id} is not registered')
         if not self._host.mirror.ready(image):
@@ -206,8 +232,9 @@ class Guests:
         for image_id in one.leased_images():
             # The leases are read first, and then their files looked at.
             for lease in one.leased(image_id):
-                if self._is_over(image_id, lease) and one.expire(
-                        image_id, lease):
+                if (self._is_over(image_id, lease)
+                        and not _is_needed(lease.file)
+                        and one.expire(image_id, lease)):
                     LOG.info('image %s: %s is gone, and so is its lease',
                              image_id, lease.file)
                 else:
@@ -238,6 +265,33 @@ class Guests:
             if over:
                 del self._watched[key]
             return over
+
+
+def _last(state: journal.State, image_id: str) -> journal.Image:
+    """The image that had an id before it was deregistered.
+
+    :raises NotFound: the repository remembers none.
+    """
+    found = [gone.image for gone in state.removed.values()
+             if gone.image.image_id == image_id]
+    if not found:
+        raise exception.NotFound(
+            f'image {image_id} is not registered, and its blocks are not '
+            f'kept any more')
+    return max(found, key=lambda one: one.serial)
+
+
+def _is_needed(file: str) -> bool:
+    """Whether a disk lies on a file, or nobody can tell."""
+    try:
+        disk = next(overlay.lying_on(pathlib.Path(file)), None)
+    except OSError as error:
+        LOG.warning('the disks that may lie on %s cannot be read, so its '
+                    'lease stays: %s', file, error)
+        return True
+    if disk:
+        LOG.info('%s is gone, but %s lies on it: its lease stays', file, disk)
+    return disk is not None
 
 
 def _is_missing(file: str) -> bool | None:

@@ -10,11 +10,15 @@ and forgets that if it runs again by then.
 Guests whose resume fails may end in the same way: a machine that was loaded
 wrong resets itself. Those are nova-compute's, which boots them from another
 disk under the same name.
+
+And Nova may be about to switch off, move or delete a guest that reboots just
+then. It says so (:meth:`Reboots.leave`), and the guest stays as it is.
 """
 
 import contextlib
 import json
 import queue
+import threading
 import time
 from collections.abc import Callable
 from typing import Any, Final
@@ -59,6 +63,10 @@ class Reboots:
         self._heard: queue.SimpleQueue[str] = queue.SimpleQueue()
         #: Until when the guests that ended may be started (monotonic).
         self._due: dict[str, float] = {}
+        #: Until when no reboot counts of guests that Nova sees to.
+        self._left: dict[str, float] = {}
+        #: Held while a guest is started, or left to Nova.
+        self._mutex = threading.Lock()
         self.worker = worker.Worker('reboots', self._step, _INTERVAL)
 
     def start(self) -> None:
@@ -73,6 +81,24 @@ class Reboots:
         """Whether a reboot would be seen now."""
         return self._connection is not None
 
+    def leave(self, uuid: str) -> None:
+        """Start a guest no more: Nova is about to end it.
+
+        One that is being started then runs when this returns.
+        """
+        now = time.monotonic()
+        with self._mutex:
+            self._due.pop(uuid, None)
+            for one, until in list(self._left.items()):
+                if until <= now:
+                    self._left.pop(one, None)
+            self._left[uuid] = now + _PATIENCE
+
+    def follow(self, uuid: str) -> None:
+        """See to the reboots of a guest that is about to be resumed."""
+        # Without the mutex: it waits for no other guest's start.
+        self._left.pop(uuid, None)
+
     def _step(self) -> None:
         try:
             self._watch()
@@ -81,7 +107,9 @@ class Reboots:
                 if not self._due:
                     return
                 for uuid in list(self._due):
-                    self._try(uuid)
+                    with self._mutex:
+                        if uuid in self._due:
+                            self._try(uuid)
                 self.worker.pause(_SOON)
         except libvirt.libvirtError as error:
             LOG.debug('libvirt: %s', error)
@@ -120,8 +148,10 @@ class Reboots:
     def _hear(self) -> None:
         with contextlib.suppress(queue.Empty):
             while True:
-                self._due[self._heard.get_nowait()] = (
-                    time.monotonic() + _PATIENCE)
+                uuid, now = self._heard.get_nowait(), time.monotonic()
+                with self._mutex:
+                    if self._left.get(uuid, now) <= now:
+                        self._due[uuid] = now + _PATIENCE
 
     def _try(self, uuid: str) -> None:
         """Start a guest, unless it is still ending."""

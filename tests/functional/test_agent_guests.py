@@ -14,7 +14,7 @@ import time
 import pytest
 from images import World, compare, disk, fast_directory
 
-from fastboot_common import exception, volume
+from fastboot_common import chain, exception, volume
 from fastboot_nova.agent import guests, loopdevice
 
 
@@ -81,6 +81,51 @@ def test_a_lease_ends_when_its_file_is_gone(host, base, clock):
     assert one.reconcile() == 1, 'one look is not enough'
     assert one.reconcile() == 0
     assert not leases(host)
+
+
+@pytest.mark.parametrize('where', [
+    'rescued/disk.rescue', 'moving/disk', 'one_resize/disk'])
+def test_a_disk_that_lies_on_a_file_that_is_gone(host, base, clock, where):
+    """Nova removes bases of which it knows no server."""
+    stub, disk = base / 'stub', base.parent / where
+    one = make(host)
+    one.acquire('image', 'nova', str(stub))
+    chain.make_stub(stub, host.link('image'))
+    disk.parent.mkdir()
+    chain.make_disk(disk, stub, 1 << 30)
+    (disk.parent / 'disk.info').write_text('{}')
+    one.reconcile()
+    stub.unlink()
+    for ahead in (61, 700, 1400):
+        clock.ahead = ahead
+        assert [one.reconcile() for _ in range(3)] == [1] * 3
+    with pytest.raises(exception.Busy):
+        host.evict(['image'])
+    disk.unlink()
+    clock.ahead = 2100
+    assert [one.reconcile() for _ in range(2)][-1] == 0
+
+
+def test_an_image_that_was_removed(world, host, base):
+    """Disks that need it get it, from here or from the repository."""
+    one = make(host)
+    stub = str(base / 'stub')
+    world.repository.remove('image')
+    host.sync()
+    with pytest.raises(exception.NotFound):
+        one.acquire('image', 'nova', stub)
+    first = one.acquire('image', 'nova', stub, removed=True)
+    assert first.thawed
+    host.drop_gone()
+    again = one.acquire('image', 'nova', stub, removed=True)
+    assert (again.link, again.thawed) == (first.link, 0)
+    assert one.reconcile() == 1
+
+
+def test_an_image_that_nobody_remembers(host, base):
+    with pytest.raises(exception.NotFound, match='not kept any more'):
+        make(host).acquire('another', 'nova', str(base / 'stub'),
+                           removed=True)
 
 
 def test_a_file_that_never_appears(host, base, clock):

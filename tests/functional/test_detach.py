@@ -56,8 +56,24 @@ class Nobody:
         return []
 
 
-def work(place):
-    return detach.Detacher(place.instances, Nobody())
+class Suspended:
+    """libvirt with a guest that was saved; the guest."""
+
+    def listAllDomains(self):  # noqa: N802
+        return [self]
+
+    def UUIDString(self):  # noqa: N802
+        return 'one'
+
+    def isActive(self):  # noqa: N802
+        return False
+
+    def hasManagedSaveImage(self):  # noqa: N802
+        return True
+
+
+def work(place, libvirt=None):
+    return detach.Detacher(place.instances, libvirt or Nobody())
 
 
 def content(path):
@@ -117,6 +133,21 @@ def test_a_stub_that_is_gone(place):
     place.stub.unlink()
     with pytest.raises(exception.NotFound, match='start the server once'):
         run(place)
+
+
+def test_one_that_is_suspended(place):
+    """What libvirt saved of it names the chain."""
+    disk = next(iter(detach.find(place.instances)))
+    with pytest.raises(exception.Unavailable, match='resume it first'):
+        work(place, Suspended()).detach(disk, lambda count: None)
+    assert len(list(detach.find(place.instances))) == 2
+
+
+def test_one_that_is_in_rescue(place):
+    (place.instances / 'one' / 'unrescue.xml').write_text('<domain/>')
+    with pytest.raises(exception.Unavailable, match='unrescue it first'):
+        run(place)
+    assert len(list(detach.find(place.instances))) == 2
 
 
 def test_no_room(place, monkeypatch):

@@ -236,6 +236,19 @@ def test_what_a_bake_leaves(baked):
     assert not list((baked.parent / 's' / 'work').iterdir())
 
 
+def test_the_id_of_the_bake_is_not_on_the_disk(baked, tmp_path):
+    """A server whose host fails before its own is written gets a new one."""
+    raw = tmp_path / 'raw'
+    subprocess.run(['qemu-img', 'convert', '-O', 'raw', baked / 'disk.qcow2',
+                    raw], check=True)
+    assert subprocess.run(
+        ['debugfs', '-R', 'cat /etc/machine-id', f'{raw}?offset={1 << 20}'],
+        check=True, capture_output=True).stdout == b''
+    assert len(subprocess.run(
+        ['debugfs', '-R', 'cat /etc/hostname', f'{raw}?offset={1 << 20}'],
+        check=True, capture_output=True).stdout) > 1
+
+
 def test_copies_are_servers_of_their_own(servers, hypervisor, baked):
     compatible.check(artifact.read(baked).key, hypervisor)
     one = with_interface(servers('one', memory=1024, vcpus=2))

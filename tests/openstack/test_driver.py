@@ -11,6 +11,7 @@ os.environ.setdefault('OS_NOVA_DISABLE_EVENTLET_PATCHING', '1')
 pytest.importorskip('nova.virt.libvirt.driver')
 
 from lxml import etree  # noqa: E402
+from nova.compute import power_state  # noqa: E402
 from nova.objects import migrate_data  # noqa: E402
 from nova.virt.libvirt import driver as stock  # noqa: E402
 from nova.virt.libvirt import guest as libvirt_guest  # noqa: E402
@@ -92,8 +93,95 @@ def test_others_are_defined_as_they_run(monkeypatch):
 def test_a_disk_that_nobody_touched_stays(monkeypatch, phase, count):
     renewed = []
     monkeypatch.setattr(notice, 'emit', lambda *words, **more: None)
+    monkeypatch.setattr(spawn, 'leave', lambda instance: None)
     disk = types.SimpleNamespace(
         image_id='image', renew=lambda: renewed.append(1))
     spawn._Attempt(None, '', None, disk, None)._fall_back(
         resume.ResumeFailed(phase, 'there is a domain'))
     assert len(renewed) == count
+
+
+@pytest.mark.parametrize('said, during, failed, done', [
+    # A guest that has rebooted, and that nobody has started yet.
+    ('COMPLETED', 'NONE', 'FAILED', 'COMPLETED'),
+    ('NONE', 'NONE', 'FAILED', 'NONE'),
+    ('UNBOUNDED', 'UNBOUNDED', 'UNBOUNDED', 'UNBOUNDED'),
+    ('CANCELLED', 'CANCELLED', 'CANCELLED', 'CANCELLED')])
+def test_a_guest_that_ended_has_not_moved(monkeypatch, said, during, failed,
+                                          done):
+    libvirt = pytest.importorskip('libvirt')
+    monkeypatch.setattr(stock, 'libvirt', libvirt)
+    kinds = {name: getattr(libvirt, f'VIR_DOMAIN_JOB_{name}')
+             for name in (said, during, failed, done)}
+
+    def guest():
+        return types.SimpleNamespace(get_job_info=lambda: (
+            types.SimpleNamespace(type=kinds[said])))
+
+    one = guest()
+    with driver._watched(one):
+        assert one.get_job_info().type == kinds[during]
+    assert one.get_job_info().type == kinds[done]
+    one = guest()
+    with pytest.raises(KeyError), driver._watched(one):
+        raise KeyError
+    assert one.get_job_info().type == kinds[failed]
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """The driver, and a server of it; Nova's own methods note calls."""
+    made = object.__new__(driver.FastbootLibvirtDriver)
+    made._resumed, made.calls, made.state = set(), [], power_state.SHUTDOWN
+    made.server = types.SimpleNamespace(uuid='one')
+    monkeypatch.setattr(
+        stock.LibvirtDriver, 'get_info', lambda self, instance, use_cache:
+        types.SimpleNamespace(state=self.state))
+    monkeypatch.setattr(spawn, 'leave', lambda instance:
+                        made.calls.append('leave'))
+    return made
+
+
+def test_a_resumed_server_did_run(made, monkeypatch):
+    """Whatever it did since: Nova would wait for it without end."""
+    def spawning(self, context, instance):
+        assert self.get_info(instance).state == power_state.SHUTDOWN
+        self._resumed.add(instance.uuid)
+        assert self.get_info(instance).state == power_state.RUNNING
+        self.state = power_state.CRASHED
+        assert self.get_info(instance).state == power_state.CRASHED
+        self.state = power_state.SHUTDOWN
+        raise KeyError
+
+    monkeypatch.setattr(stock.LibvirtDriver, 'spawn', spawning)
+    with pytest.raises(KeyError):
+        made.spawn(None, made.server)
+    assert made.get_info(made.server).state == power_state.SHUTDOWN
+
+
+@pytest.mark.parametrize('stubs, calls', [
+    ({}, ['destroy']), ({'disk': 'stub'}, ['leave', 'destroy'])])
+def test_the_agent_starts_nothing_that_nova_ends(made, monkeypatch, stubs,
+                                                 calls):
+    monkeypatch.setattr(driver, '_stubs', lambda instance: stubs)
+    monkeypatch.setattr(stock.LibvirtDriver, '_destroy',
+                        lambda self, instance: self.calls.append('destroy'))
+    made._destroy(made.server)
+    assert made.calls == calls
+
+
+@pytest.mark.parametrize('error', [None, driver.nova_exception.
+                                   InvalidDiskInfo(reason='gone')])
+def test_a_revert_has_its_stubs_first(made, monkeypatch, error):
+    def prepare(instance, stubs):
+        made.calls.append(stubs)
+        if error:
+            raise error
+
+    monkeypatch.setattr(driver, '_stubs', lambda instance, end: end)
+    monkeypatch.setattr(made, '_prepare', prepare)
+    monkeypatch.setattr(
+        stock.LibvirtDriver, 'finish_revert_migration',
+        lambda self, context, instance, *words: self.calls.append(words))
+    made.finish_revert_migration(None, made.server, 'network', 'migration')
+    assert made.calls == ['_resize', ('network', 'migration')]

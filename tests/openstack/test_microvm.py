@@ -193,6 +193,29 @@ def test_as_it_was_resumed(user, start, clean):
     copy.goes_on()
 
 
+def test_a_reboot_while_it_migrates(user, start):
+    """Its machine ends then, and it has not moved."""
+    one = start().give()
+    old, rate = one.host, user.layout.options.link_rate or 'off'
+    user.sandbox('link-rate', '20mbit')
+    try:
+        one.shell('(sleep 20; echo b >/proc/sysrq-trigger) '
+                  '</dev/null >/dev/null 2>&1 &')
+        one.compute.live_migrate_server(one.id, host=one.other,
+                                        block_migration='auto')
+        name = one.server.instance_name
+        user.wait(lambda: 'Unbounded' in virsh(user, old, 'domjobinfo', name),
+                  60, 'the migration to begin')
+        one.wait('ACTIVE', 300)
+    finally:
+        user.sandbox('link-rate', rate)
+    assert one.host == old
+    user.wait(lambda: not one.is_resumed(), 60, 'its own machine')
+    one.goes_on()
+    # And nothing of it is at the other host.
+    assert name not in virsh(user, one.other, 'list', '--all', '--name')
+
+
 def test_soft_reboot_stop_and_start(user, start):
     one = start().give()
     one.boots_anew(lambda: one.compute.reboot_server(one.id, 'SOFT'))

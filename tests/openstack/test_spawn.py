@@ -98,19 +98,54 @@ def test_resumed(world, notices):  # noqa: F811
         'disk', 'disk.info'}
 
 
-@pytest.mark.parametrize('runs', [True, False])
-def test_a_guest_that_ended_before_its_links(world, runs):
-    """It was rebooting: the agent starts it, with its links."""
+class Ending:
+    """The domain of a guest that ends.
+
+    :param runs: what libvirt says of it, one after the other.
+    :param started: the agent is quicker.
+    """
+
+    def __init__(self, *runs, started=False):
+        self.runs = list(runs)
+        self.started = started
+        self.created = 0
+
+    def isActive(self):
+        return self.runs.pop(0) if len(self.runs) > 1 else self.runs[0]
+
+    def create(self):
+        if self.started:
+            self.runs = [True]
+            raise libvirt.libvirtError('already running')
+        self.created += 1
+
+
+def raise_links(world, domain):
     def link():
         raise libvirt.libvirtError('not running')
 
-    guest = spawn.Guest(types.SimpleNamespace(
-        domain=types.SimpleNamespace(isActive=lambda: runs), link=link))
-    if not runs:
-        guest.resume()
-        return
+    spawn.Guest(types.SimpleNamespace(domain=domain, link=link),
+                world.server).resume()
+
+
+@pytest.mark.parametrize('domain', [
+    Ending(False), Ending(True, True, False), Ending(False, started=True)])
+def test_a_guest_that_ended_before_its_links(world, monkeypatch, domain):
+    """Nova waits without end for one that does not run."""
+    left = []
+    monkeypatch.setattr(spawn, 'leave', left.append)
+    raise_links(world, domain)
+    assert domain.created == (not domain.started)
+    # Nobody else is to start it once more.
+    assert left == [world.server]
+
+
+def test_a_guest_whose_links_cannot_be_raised(world, monkeypatch):
+    monkeypatch.setattr(spawn, '_ENDING_SECONDS', .1)
+    domain = Ending(True)
     with pytest.raises(libvirt.libvirtError):
-        guest.resume()
+        raise_links(world, domain)
+    assert not domain.created
 
 
 def is_fresh(world):

@@ -41,7 +41,8 @@ class Served:
         assert 0 <= offset < 1 << 62 and 0 < length < 1 << 62
         self._note('ensure', image_id, offset, length)
 
-    def acquire(self, image_id, holder, file):
+    def acquire(self, image_id, holder, file, removed):
+        assert removed in (True, False)
         self.release(image_id, holder, file)
         return {'image': image_id}
 
@@ -52,6 +53,10 @@ class Served:
         assert '\0' not in file and os.path.normpath(file) == file
         os.fsencode(file)
         self._note('lease', image_id, holder, file)
+
+    def leave(self, holder):
+        journal.validate_image_id(holder)
+        self._note('leave', holder)
 
     def prepare(self, image_id):
         journal.validate_image_id(image_id)
@@ -135,6 +140,8 @@ def test_verbs(path, served):
             ('POST', '/v1/microvms/take', TAKE, 200),
             ('POST', '/v1/microvms/dress', DRESS, 200),
             ('POST', '/v1/microvms/return', RETURN, 200),
+            ('POST', '/v1/reboots/leave', {'holder': 'one'}, 200),
+            ('POST', '/v1/reboots/leave', {'holder': '../one'}, 400),
             ('GET', '/v1/microvms/take', None, 405),
             ('GET', '/v1/status', None, 200),
             ('POST', '/v1/status', {}, 405),

@@ -82,7 +82,7 @@ def test_a_lease(path):
     head, body = bytes(heard).split(b'\r\n\r\n')
     assert head.startswith(b'POST /v1/acquire HTTP/1.1\r\n')
     assert json.loads(body) == {'image': 'i', 'holder': 'nova',
-                                'file': '/_base/x_sm'}
+                                'file': '/_base/x_sm', 'removed': False}
 
 
 @pytest.mark.parametrize(('status', 'error'), [
@@ -187,6 +187,12 @@ def test_a_lane(lane, path, tmp_path):
     assert body_of(heard) == ('/v1/microvms/return', {
         'lane': TAKEN['lane'], 'outcome': 'failed', 'phase': 'load',
         'reason': 'w' * 500, 'seconds': {'load': .5}})
+
+
+def test_a_guest_is_left_to_nova(path):
+    with agent(path, answer(200, {})) as heard:
+        client.Agent(str(path), 5).leave(HOLDER)
+    assert body_of(heard) == ('/v1/reboots/leave', {'holder': HOLDER})
 
 
 def test_what_is_not_heard_is_taken_back(lane, path, caplog):

@@ -2,6 +2,7 @@
 """Which guests are started that reset themselves."""
 
 import json
+import types
 
 import pytest
 
@@ -76,3 +77,36 @@ def test_while_it_is_resumed(guest, later, created):
     looker._try(ONE)
     assert guest.created == created
     assert not looker._due
+
+
+def test_one_that_nova_is_about_to_end(guest):
+    """It would be copied, or removed, while it runs."""
+    looker = reboots.Reboots('', lambda: None)
+    looker._connection = guest
+    reset = (guest, guest, 'SHUTDOWN', 0, 0,
+             json.dumps({'guest': True, 'reason': 'guest-reset'}), None)
+    looker._ended(*reset)
+    looker._hear()
+    looker.leave(ONE)
+    assert not looker._due
+    # What QEMU says late is of the same end.
+    looker._ended(*reset)
+    looker._hear()
+    assert not looker._due
+    looker.follow(ONE)
+    looker._ended(*reset)
+    looker._hear()
+    assert looker._due
+
+
+def test_one_that_was_left_long_ago(guest, monkeypatch):
+    looker = reboots.Reboots('', lambda: None)
+    looker.leave(ONE)
+    now = reboots.time.monotonic()
+    monkeypatch.setattr(reboots, 'time', types.SimpleNamespace(
+        monotonic=lambda: now + reboots._PATIENCE + 1))
+    looker._heard.put(ONE)
+    looker._hear()
+    assert looker._due
+    looker.leave('two')
+    assert list(looker._left) == ['two']
