@@ -306,7 +306,7 @@ class FastbootLibvirtDriver(driver.LibvirtDriver):
         own = self._definition(instance, migrate_data, guest)
         if own:
             guest.migrate = functools.partial(_migrate, guest, own)
-        with _watched(guest) if own else contextlib.nullcontext():
+        with _watched(guest, instance) if own else contextlib.nullcontext():
             super()._live_migration_operation(
                 context, instance, dest, block_migration, migrate_data,
                 guest, device_names)
@@ -420,15 +420,17 @@ def _migrate(guest: Any, definition: str, *args: Any, **kwargs: Any) -> None:
 
 
 @contextlib.contextmanager
-def _watched(guest: Any) -> Iterator[None]:
+def _watched(guest: Any, instance: Any) -> Iterator[None]:
     """While a guest migrates, see that it has when it ends.
 
     Nova takes one that ended for one that has moved, and removes its disks.
-    A resumed guest ends when it reboots, and its migration fails then.
+    A resumed guest ends when it reboots, and its migration fails then. That
+    is said by the job, and not raised: Nova 34 would have the server in ERROR
+    after it has rolled all back.
     """
-    ask, unless = guest.get_job_info, driver.libvirt.VIR_DOMAIN_JOB_NONE
-    ended = (driver.libvirt.VIR_DOMAIN_JOB_NONE,
-             driver.libvirt.VIR_DOMAIN_JOB_COMPLETED)
+    libvirt = driver.libvirt
+    ask, unless = guest.get_job_info, libvirt.VIR_DOMAIN_JOB_NONE
+    ended = libvirt.VIR_DOMAIN_JOB_NONE, libvirt.VIR_DOMAIN_JOB_COMPLETED
 
     @functools.wraps(ask)
     def get_job_info() -> Any:
@@ -440,10 +442,14 @@ def _watched(guest: Any) -> Iterator[None]:
     guest.get_job_info = get_job_info
     try:
         yield
-    except BaseException:
-        unless = driver.libvirt.VIR_DOMAIN_JOB_FAILED
-        raise
-    unless = None
+    except BaseException as error:
+        unless = libvirt.VIR_DOMAIN_JOB_FAILED
+        if not isinstance(error, libvirt.libvirtError):
+            raise
+        LOG.error('fastboot: the server stays here, its migration failed: '
+                  '%s', error, instance=instance)
+    else:
+        unless = None
 
 
 def _stubs(instance: Any, end: str = '') -> dict[str, pathlib.Path]:

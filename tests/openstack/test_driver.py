@@ -119,12 +119,12 @@ def test_a_guest_that_ended_has_not_moved(monkeypatch, said, during, failed,
             types.SimpleNamespace(type=kinds[said])))
 
     one = guest()
-    with driver._watched(one):
+    with driver._watched(one, None):
         assert one.get_job_info().type == kinds[during]
     assert one.get_job_info().type == kinds[done]
     one = guest()
-    with pytest.raises(KeyError), driver._watched(one):
-        raise KeyError
+    with driver._watched(one, None):
+        raise libvirt.libvirtError('guest reboots')
     assert one.get_job_info().type == kinds[failed]
 
 
