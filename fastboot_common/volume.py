@@ -218,6 +218,18 @@ class Volume:
                 self._slots[image_id] = found
             return self._slots[image_id]
 
+    def _slot_of_same(self, image: Image) -> slot.Slot:
+        """The slot of an image, and of no other that has its id by now.
+
+        :raises NotFound: it has none.
+        """
+        found = self.slot_of(image.image_id)
+        if found.serial != image.serial:
+            raise exception.NotFound(
+                f'image {image.image_id} of serial {image.serial} is not in '
+                f'{self.path} any more; {found.serial} is')
+        return found
+
     def is_complete(self, image_id: str) -> bool:
         """Whether the image needs nothing from elsewhere."""
         return self.complete_name(image_id).exists()
@@ -286,26 +298,31 @@ class Volume:
     def describe(self, image: Image) -> None:
         """Replace an image's description (a repacked manifest)."""
         with self._mutex:
-            if self.image(image.image_id):
+            known = self.image(image.image_id)
+            if known and known.serial == image.serial:
                 files.write_atomically(
                     self.path / 'images' / image.image_id,
                     journal.canonical(dataclasses.asdict(image)))
 
     # Filling
 
-    def fill(self, image_id: str, batches: list[Batch],
+    def fill(self, image: Image, batches: list[Batch],
              pool: concurrent.futures.Executor) -> int:
         """Put blocks of an image into the volume; those there are skipped.
 
         New data lies in the order of `batches`. Nothing is named by the
         tables before it was synced.
 
+        :param image: as it was found when `batches` were made. Its id alone
+            would not do: the image may have been evicted since, and another
+            been registered under it.
         :returns: bytes written (blocks that other images brought are not).
+        :raises NotFound: its slot is gone.
         :raises NoSpace: volume or device are full.
         :raises Corrupt: a frame is damaged; nothing of `batches` counts.
         """
         with self._mutex, self._operation():
-            target = self.slot_of(image_id)
+            target = self._slot_of_same(image)
             numbers, offsets, fresh, jobs = self._plan(target, batches)
             if not len(numbers):
                 return 0
@@ -846,17 +863,19 @@ class Volume:
             numbers[present].tolist(), digests(numbers[present]), found,
             strict=True) if want != got]
 
-    def rewrite(self, image_id: str, batches: list[Batch]) -> int:
+    def rewrite(self, image: Image, batches: list[Batch]) -> int:
         """Write blocks of an image once more, where they lie.
 
         Guests may run: they read nothing but what the image has, sooner or
         later. A block is left alone unless tables and index agree on its
         place: where they do not, that may be the place of another block.
 
+        :param image: as it was found when `batches` were made.
         :returns: blocks written.
+        :raises NotFound: its slot is gone.
         """
         with self._mutex, self._operation():
-            target = self.slot_of(image_id)
+            target = self._slot_of_same(image)
             written = 0
             for batch in batches:
                 entries = target.entries(batch.numbers)

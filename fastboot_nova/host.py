@@ -106,6 +106,8 @@ class Host:
         self._writable = writable
         self._volumes: dict[str, volume.Volume] = {}
         self._mutex = threading.RLock()
+        #: Held from the look for others of an image's id until it has a slot.
+        self._making = threading.Lock()
         self._pool = concurrent.futures.ThreadPoolExecutor(
             threads or len(os.sched_getaffinity(0)), 'frames')
         self._fetchers = concurrent.futures.ThreadPoolExecutor(
@@ -312,16 +314,16 @@ class Host:
                 image.image_id, image.virtual_size):
             raise exception.Corrupt(f'manifest {image.manifest} is not of '
                                     f'image {image.image_id}')
-        self._check_alone(image)
         # What lacks comes before the volume is locked.
         self.mirror.pull(image)
         one = self.open_volume(image.domain)
-        target = one.make_slot(
-            volume.Image(image.image_id, image.serial, image.manifest,
-                         image.virtual_size),
-            data_blocks(found))
+        here = volume.Image(image.image_id, image.serial, image.manifest,
+                            image.virtual_size)
+        with self._making:
+            self._check_alone(image)
+            target = one.make_slot(here, data_blocks(found))
         frames = self.mirror.frames(found, found.boot)
-        written = one.fill(image.image_id, [
+        written = one.fill(here, [
             volume.Batch(frame.numbers, frame.digests, frame.positions,
                          functools.partial(self.mirror.plain, frame, True))
             for frame in frames], self._pool)
@@ -350,14 +352,14 @@ class Host:
                     f'{known.serial} in {one.path}, not {image.serial}; it '
                     f'can be used here once no guest has that one')
 
-    def _fill(self, one: volume.Volume, image_id: str,
+    def _fill(self, one: volume.Volume, image: volume.Image,
               frames: list[mirror.Frame], plain: list[bytes]) -> None:
         """Put frames into a volume.
 
         :param plain: their bytes. They are all here before the volume is
             locked: a slow repository must not hold up other guests.
         """
-        one.fill(image_id, _batches(frames, plain), self._pool)
+        one.fill(image, _batches(frames, plain), self._pool)
 
     def read_ahead(self, image: journal.Image) -> None:
         """Start reading the boot set while QEMU is being started."""
@@ -411,7 +413,7 @@ class Host:
         if not exact:
             frames = self.mirror.widen(found, frames)
         for part in _parts(frames):
-            self._fill(one, image_id, part, self.mirror.plain_many(
+            self._fill(one, image, part, self.mirror.plain_many(
                 part, self._fetchers, keep=exact))
 
     # In the background
@@ -427,6 +429,7 @@ class Host:
         :param progress: told the plain bytes as they come.
         :param pace: told the plain bytes that come next; may wait.
         :returns: whether the image is complete.
+        :raises NotFound: it has no slot here, or was evicted meanwhile.
         """
         one, image = self.find(image_id)
         found = self.mirror.read_manifest(image.manifest)
@@ -449,7 +452,7 @@ class Host:
                 # One part is written while the next one comes.
                 filling.result()
                 filling = self._filler.submit(
-                    self._fill, one, image_id, part, plain)
+                    self._fill, one, image, part, plain)
                 if progress:
                     progress(size)
             filling.result()
@@ -569,7 +572,7 @@ class Host:
             damaged = one.damaged(image_id, numbers, digests, self._pool)
             for part in _parts(self.mirror.frames(found, np.array(
                     damaged, np.int64))):
-                written += one.rewrite(image_id, _batches(
+                written += one.rewrite(image, _batches(
                     part, self.mirror.plain_many(part, self._fetchers)))
             progress(len(numbers) * one.block_size)
         if written:

@@ -3,6 +3,8 @@
 
 import concurrent.futures
 import dataclasses
+import itertools
+import os
 import random
 
 import pytest
@@ -16,6 +18,7 @@ from images import (
 )
 
 from fastboot_common import exception, journal, manifest, upkeep
+from fastboot_nova import host as host_module
 
 
 @pytest.fixture
@@ -223,6 +226,92 @@ def test_an_id_that_is_used_again(world, options):
         host.hydrate('image')
         assert right(host, world, 'image') == 0
         assert host.find('image')[1].serial == 3
+
+
+def use_again(world, host, **options):
+    """Register another image under the id, with a slot here."""
+    world.repository.remove('image')
+    world.publish('image', disk(900 * 4096, 2), range(5), **options)
+    host.sync()
+    host.thaw(host.image('image'))
+
+
+def test_a_hydration_under_way_when_an_id_is_used_again(world, monkeypatch):
+    """What it has on its way is not the new image's."""
+    monkeypatch.setattr(host_module, '_FRAMES_AT_ONCE', 2)
+    world.publish('image', disk(900 * 4096, 1), range(5))
+    with world.host() as host:
+        host.sync()
+        host.thaw(host.image('image'))
+        parts = itertools.count()
+
+        def pace(_count):
+            if next(parts) == 2:
+                use_again(world, host)
+
+        with pytest.raises(exception.NotFound, match='serial 1'):
+            host.hydrate('image', pace=pace)
+        assert host.find('image')[1].serial == 3
+        assert right(host, world, 'image') > 0
+        assert host.hydrate('image')
+        assert right(host, world, 'image') == 0
+
+
+@pytest.mark.parametrize('work', [
+    lambda host: host.ensure('image', 500 * 4096, 4096),
+    lambda host: host.repair('image')])
+def test_a_miss_under_way_when_an_id_is_used_again(world, monkeypatch, work):
+    world.publish('image', disk(900 * 4096, 1), range(5))
+    with world.host() as host:
+        host.sync()
+        host.thaw(host.image('image'))
+        one, _ = host.find('image')
+        os.pwrite(one._fd, b'x', int(one.slot_of('image').clusters()[0]))
+        plain_many = host.mirror.plain_many
+
+        def slow(*args, **options):
+            found = plain_many(*args, **options)
+            use_again(world, host)
+            return found
+
+        monkeypatch.setattr(host.mirror, 'plain_many', slow)
+        with pytest.raises(exception.NotFound, match='serial 1'):
+            work(host)
+        assert right(host, world, 'image') > 0
+
+
+@pytest.mark.parametrize('options', [
+    {}, {'visibility': 'private', 'owner': 'p'}])
+def test_a_thaw_under_way_when_an_id_is_used_again(world, monkeypatch,
+                                                   options):
+    """It waits for the network; then the id is another image's."""
+    world.publish('image', disk(900 * 4096, 1), range(5))
+    with world.host() as host:
+        host.sync()
+        image = host.image('image')
+        pull = host.mirror.pull
+
+        def slow(image):
+            monkeypatch.setattr(host.mirror, 'pull', pull)
+            use_again(world, host, **options)
+            return pull(image)
+
+        monkeypatch.setattr(host.mirror, 'pull', slow)
+        with pytest.raises(exception.Invalid, match='serial 3'):
+            host.thaw(image)
+        assert [list(one.images()) for one in host.volumes()
+                if one.images()] == [['image']]
+        assert right(host, world, 'image') > 0
+
+
+def test_a_manifest_is_of_one_serial(world):
+    world.publish('image', disk(90 * 4096, 1), range(9))
+    with world.host() as host:
+        host.sync()
+        host.thaw(host.image('image'))
+        one, here = host.find('image')
+        one.describe(dataclasses.replace(here, serial=7))
+        assert one.image('image') == here
 
 
 def repack(world, image_id, change):
