@@ -47,6 +47,8 @@ POISON: Final = (f'{_POISON_PREFIX}/this-disk-needs-compute_driver='
                  f'or-fastbootctl-host-detach-before-that-is-removed')
 #: L2 tables that are built in memory at once when a slot is made.
 _TABLES_AT_ONCE: Final = 512
+#: Bytes of tables that are written again at once.
+_PIECE: Final = 1 << 20
 #: What `check` lists of one image at most.
 _PROBLEMS: Final = 100
 
@@ -138,6 +140,9 @@ class Volume:
         self._limit = size
         #: Behind the last cluster ever given out.
         self._end = slot.DATA
+        #: Whether tables may differ from what the device has: a sync failed,
+        #: perhaps one of the process before.
+        self._lost = True
         #: Runs that the operation under way had from other gaps.
         self._given: list[tuple[int, int]] = []
         with contextlib.ExitStack() as stack:
@@ -287,13 +292,13 @@ class Volume:
         blocks.write_exactly(
             self._fd, (l1 | np.uint64(qcow2.COPIED)).astype('>u8').tobytes(),
             l1_offset)
-        os.fdatasync(self._fd)
+        self._sync()
         self._index.add([], self._end)
         header = qcow2.Header(
             image.virtual_size, cluster.bit_length() - 1, l1_offset - start,
             count, slot.REFCOUNTS - start, self._backing(image.image_id))
         os.pwrite(self._fd, header.pack(), start)
-        os.fdatasync(self._fd)
+        self._sync()
 
     def describe(self, image: Image) -> None:
         """Replace an image's description (a repacked manifest)."""
@@ -330,7 +335,7 @@ class Volume:
             self._index.add(fresh, self._end)
             order = np.argsort(numbers)
             target.set(numbers[order], offsets[order])
-            os.fdatasync(self._fd)
+            self._sync()
             return len(fresh) * self.block_size
 
     def _plan(self, target: slot.Slot, batches: list[Batch]) -> tuple[
@@ -389,11 +394,11 @@ class Volume:
             for _batch, _positions, offsets in jobs:
                 for start, end in _spans(offsets, self.block_size):
                     files.punch(self._fd, start, end - start)
-            os.fdatasync(self._fd)
+            self._sync()
             self._index.busy = False
             raise
         if running:
-            os.fdatasync(self._fd)
+            self._sync()
 
     def _write(self, batch: Batch, positions: blocks.Blocks,
                offsets: Offsets) -> None:
@@ -433,16 +438,16 @@ class Volume:
 
     def complete(self, image_id: str) -> bool:
         """Give the image its complete name, if nothing of it is missing."""
-        with self._mutex:
+        with self._mutex, self._operation():
             target = self.slot_of(image_id)
             name = self.complete_name(image_id)
             if name.exists():
                 return True
             if target.missing():
                 return False
-            os.fdatasync(self._fd)
+            self._sync()
             target.write_header(None)
-            os.fdatasync(self._fd)
+            self._sync()
             files.make_directory(name.parent)
             os.link(self.file, name)
             files.sync_directory(name.parent)
@@ -453,7 +458,7 @@ class Volume:
         target = self.slot_of(image_id)
         if target.header.backing is None:
             target.write_header(self._backing(image_id))
-            os.fdatasync(self._fd)
+            self._sync()
 
     # Leases and pins
 
@@ -613,13 +618,13 @@ class Volume:
         self._make_incomplete(image_id)
         tables = np.unique(target.tables) // self.block_size
         os.pwrite(self._fd, bytes(qcow2.HEADER_LIMIT), target.start)
-        os.fdatasync(self._fd)
+        self._sync()
         self._slots.pop(image_id)
         # Before the data: an entry must never name a hole.
         for first, count in blocks.runs(tables):
             files.punch(self._fd, first * self.block_size,
                         count * self.block_size)
-        os.fdatasync(self._fd)
+        self._sync()
 
     def _used(self) -> tuple[Offsets, list[tuple[int, int]]]:
         """All data clusters (sorted), and all places in use (sorted)."""
@@ -635,11 +640,15 @@ class Volume:
 
     def _all_slots(self) -> Iterator[slot.Slot]:
         """All slots of the file, also one whose description was lost."""
+        for serial in self._serials():
+            with contextlib.suppress(exception.NotFound):
+                yield slot.Slot(self._fd, serial)
+
+    def _serials(self) -> Iterator[int]:
+        """The serials whose slots have, or had, a header."""
         for start, end in files.data_ranges(self._fd, slot.SLOT,
                                             slot.SLOTS_END):
-            for serial in range(start // slot.SLOT, -(-end // slot.SLOT)):
-                with contextlib.suppress(exception.NotFound):
-                    yield slot.Slot(self._fd, serial)
+            yield from range(start // slot.SLOT, -(-end // slot.SLOT))
 
     def _reclaim(self) -> None:
         """Punch all that no slot uses; the index forgets it first."""
@@ -648,7 +657,45 @@ class Volume:
         for start, end in _gaps(places, slot.DATA, self.size):
             for low, high in files.data_ranges(self._fd, start, end):
                 files.punch(self._fd, low, high - low)
-        os.fdatasync(self._fd)
+        self._sync()
+
+    # Syncing
+
+    def _sync(self) -> None:
+        """Make durable what was written.
+
+        :raises OSError: some of it may be lost. The kernel says so once, and
+            from then on takes it for written: what is read may never have
+            reached the device, and the next sync succeeds.
+        """
+        try:
+            os.fdatasync(self._fd)
+        except OSError:
+            self._lost = True
+            raise
+
+    def _write_again(self) -> None:
+        """Have all headers and L2 tables on the device as they are read.
+
+        Of the rest, nothing is named before it was synced.
+
+        :raises OSError: the device does not take them now either.
+        :raises NoSpace: it is full, and writes nothing where it lay before.
+        """
+        for serial in self._serials():
+            # Empty ones, too: those of images that were evicted.
+            self._write_same(serial * slot.SLOT, qcow2.HEADER_LIMIT)
+        for target in self._all_slots():
+            for start, end in _spans(target.tables, self.block_size):
+                self._write_same(start, end - start)
+        self._sync()
+        self._lost = False
+
+    def _write_same(self, start: int, length: int) -> None:
+        for place in range(start, start + length, _PIECE):
+            data = os.pread(self._fd, min(_PIECE, start + length - place),
+                            place)
+            blocks.write_exactly(self._fd, data, place)
 
     # Space
 
@@ -729,8 +776,9 @@ class Volume:
             except exception.NotFound:
                 continue
             if target.header.backing not in (None, self._backing(image_id)):
-                target.write_header(self._backing(image_id))
-                os.fdatasync(self._fd)
+                with self._operation():
+                    target.write_header(self._backing(image_id))
+                    self._sync()
 
     def _open_index(self) -> None:
         path = self.path / 'index.sqlite'
@@ -753,7 +801,8 @@ class Volume:
             self._rebuild()
             return
         self._end = self._cursor = end
-        if self._index.busy:
+        self._lost = self._index.busy
+        if self._lost:
             LOG.info('%s: recovering from an interrupted operation',
                      self.path)
             self._recover()
@@ -772,6 +821,8 @@ class Volume:
     def _recover(self) -> None:
         """Free what an interrupted operation left."""
         self._slots.clear()
+        if self._lost:
+            self._write_again()
         clusters, places = self._used()
         self._end = max([self._end, *(end for _, end in places)])
         self._end = -(-self._end // self.block_size) * self.block_size
@@ -888,7 +939,7 @@ class Volume:
                 if len(ours):
                     self._write(batch, batch.positions[ours], offsets[ours])
                 written += len(ours)
-            os.fdatasync(self._fd)
+            self._sync()
             return written
 
     def _digest(self, offset: int) -> bytes:
