@@ -244,6 +244,14 @@ class Volume:
         return (self.path / 'complete'
                 / journal.validate_image_id(image_id))
 
+    def is_sound(self) -> bool:
+        """Whether all slots make sense; nothing is evicted otherwise."""
+        try:
+            self._check_slots()
+            return True
+        except exception.Corrupt:
+            return False
+
     def disk_used(self) -> int:
         """Bytes of the device that the volume takes."""
         return os.fstat(self._fd).st_blocks * 512
@@ -576,8 +584,11 @@ class Volume:
 
         :returns: bytes freed on the device.
         :raises Busy: one of them is leased or pinned; nothing was removed.
+        :raises Corrupt: a slot is damaged, perhaps another image's. What it
+            uses is not known; nothing was removed.
         """
         with self._mutex, self._closed_to_guests(image_ids):
+            self._check_slots()
             before = self.disk_used()
             with self._operation():
                 for image_id in image_ids:
@@ -643,6 +654,14 @@ class Volume:
         for serial in self._serials():
             with contextlib.suppress(exception.NotFound):
                 yield slot.Slot(self._fd, serial)
+
+    def _check_slots(self) -> None:
+        """:raises Corrupt: one is damaged, or its description is."""
+        for _ in self._all_slots():
+            pass
+        for image_id in self.images():
+            with contextlib.suppress(exception.NotFound):
+                self.slot_of(image_id)
 
     def _serials(self) -> Iterator[int]:
         """The serials whose slots have, or had, a header."""
@@ -769,11 +788,18 @@ class Volume:
     # Opening
 
     def _follow_backing(self) -> None:
-        """Give slots the backing of today: the socket may have moved."""
+        """Give slots the backing of today: the socket may have moved.
+
+        One that is damaged stays as it is: its image cannot be used, the
+        others can.
+        """
         for image_id in self.images():
             try:
                 target = self.slot_of(image_id)
             except exception.NotFound:
+                continue
+            except exception.Corrupt as error:
+                LOG.error('%s: image %s: %s', self.file, image_id, error)
                 continue
             if target.header.backing not in (None, self._backing(image_id)):
                 with self._operation():
@@ -821,9 +847,9 @@ class Volume:
     def _recover(self) -> None:
         """Free what an interrupted operation left."""
         self._slots.clear()
+        clusters, places = self._used()
         if self._lost:
             self._write_again()
-        clusters, places = self._used()
         self._end = max([self._end, *(end for _, end in places)])
         self._end = -(-self._end // self.block_size) * self.block_size
         self._cursor, self._limit = self._end, self.size

@@ -13,8 +13,11 @@ import itertools
 import logging
 import os
 import pathlib
+import sqlite3
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
+from typing import Final
 
 import numpy as np
 
@@ -41,6 +44,8 @@ _FRAMES_AT_ONCE = 32
 _FETCHES = 4
 #: Blocks whose digests are looked up at once, to bound memory.
 _PIECE = 1 << 16
+#: Seconds before a volume is tried again that could not be opened.
+_AGAIN: Final = 60.0
 #: Told of an image that left a volume, and the bytes that this freed.
 Evicted = Callable[[str, int], None]
 #: Hydrates of a cancelled thread end after the frames under way.
@@ -105,6 +110,9 @@ class Host:
         self._volume_size = volume_size
         self._writable = writable
         self._volumes: dict[str, volume.Volume] = {}
+        #: By domain: why its volume could not be opened, and when that is
+        #: tried again (monotonic seconds).
+        self._damaged: dict[str, tuple[str, float]] = {}
         self._mutex = threading.RLock()
         #: Held from the look for others of an image's id until it has a slot.
         self._making = threading.Lock()
@@ -145,7 +153,10 @@ class Host:
         return journal.find(self.mirror.state, image_id)
 
     def open_volume(self, domain: str) -> volume.Volume:
-        """The volume of a visibility domain, opened for writing."""
+        """The volume of a visibility domain, opened for writing.
+
+        :raises Corrupt: it is damaged.
+        """
         with self._mutex:
             if domain not in self._volumes:
                 self._volumes[domain] = volume.Volume(
@@ -154,25 +165,65 @@ class Host:
                         image_id, self._socket),
                     resolve=self._digests, size=self._volume_size,
                     writable=self._writable)
+                self._damaged.pop(domain, None)
             return self._volumes[domain]
 
     def volumes(self) -> Iterator[volume.Volume]:
-        """All volumes of this host."""
-        directory = self.path / 'volumes'
-        for path in sorted(directory.glob('*/volume')):
-            yield self.open_volume(path.parent.name)
+        """The volumes of this host, without those that are damaged: their
+        guests alone have to do with that."""
+        for path in self._files():
+            one = self._try_volume(path.parent.name)
+            if one:
+                yield one
+
+    def _files(self) -> list[pathlib.Path]:
+        return sorted((self.path / 'volumes').glob('*/volume'))
+
+    def _try_volume(self, domain: str) -> volume.Volume | None:
+        with self._mutex:
+            words, again = self._damaged.get(domain, ('', 0.0))
+            if time.monotonic() < again:
+                return None
+            try:
+                return self.open_volume(domain)
+            except (exception.Corrupt, OSError, sqlite3.Error) as error:
+                if words != str(error):
+                    LOG.error('volume %s cannot be opened, and stays as it '
+                              'is: %s', domain, error)
+                self._damaged[domain] = str(error), time.monotonic() + _AGAIN
+                return None
+
+    def damaged(self) -> dict[str, str]:
+        """By domain, why a volume cannot be opened."""
+        domains = [path.parent.name for path in self._files()
+                   if not self._try_volume(path.parent.name)]
+        with self._mutex:
+            return {domain: self._damaged[domain][0] for domain in domains
+                    if domain in self._damaged}
 
     def find(self, image_id: str) -> tuple[volume.Volume, volume.Image]:
         """The volume that has a slot of the image, registered or not.
 
         :raises NotFound: none has.
+        :raises Corrupt: one has that is damaged.
         """
         for one in self.volumes():
             found = one.image(image_id)
             if found:
                 return one, found
+        self._check_damaged(image_id)
         raise exception.NotFound(f'image {image_id} has no slot here; '
                                  f'acquire it first')
+
+    def _check_damaged(self, image_id: str) -> None:
+        """:raises Corrupt: a damaged volume has the image, or one that had
+        its id before."""
+        name = journal.validate_image_id(image_id)
+        for domain, words in self.damaged().items():
+            if (self.path / 'volumes' / domain / 'images' / name).exists():
+                raise exception.Corrupt(
+                    f'image {image_id} is in volume {domain}, which cannot '
+                    f'be opened: {words}')
 
     def _digests(self, image: volume.Image,
                  numbers: blocks.Blocks) -> list[bytes]:
@@ -217,7 +268,8 @@ class Host:
                   ) -> int:
         """Drop the images that are not registered any more.
 
-        Those with guests stay until a call that finds none.
+        Those with guests stay until a call that finds none. What a damaged
+        volume needs is not known: the mirror keeps all while there is one.
 
         :param evicted: told of what left a volume.
         :returns: bytes freed.
@@ -234,11 +286,13 @@ class Host:
                     elif self._drop(one, image.image_id, evicted):
                         continue
                     keep.add(image.manifest)
+            if self.damaged():
+                return freed
             return freed + self.mirror.prune(keep)
 
     def _drop(self, one: volume.Volume, image_id: str,
               evicted: Evicted) -> bool:
-        if one.leases(image_id):
+        if one.leases(image_id) or not one.is_sound():
             return False
         one.unpin(image_id)
         try:
@@ -334,7 +388,7 @@ class Host:
         """Whether :meth:`thaw` has nothing to do, as far as is known."""
         manifest_digest, target = self._thawed.get(
             image.image_id, (None, None))
-        with contextlib.suppress(exception.NotFound):
+        with contextlib.suppress(exception.NotFound, exception.Corrupt):
             return (manifest_digest == image.manifest and target is
                     self.open_volume(image.domain).slot_of(image.image_id))
         return False
@@ -343,6 +397,7 @@ class Host:
         """The export knows images by their ids: one content each.
 
         :raises Invalid: an image that had the id before has a slot here.
+        :raises Corrupt: it may have one, in a damaged volume.
         """
         for one in self.volumes():
             known = one.image(image.image_id)
@@ -351,6 +406,7 @@ class Host:
                     f'image {image.image_id} has the slot of serial '
                     f'{known.serial} in {one.path}, not {image.serial}; it '
                     f'can be used here once no guest has that one')
+        self._check_damaged(image.image_id)
 
     def _fill(self, one: volume.Volume, image: volume.Image,
               frames: list[mirror.Frame], plain: list[bytes]) -> None:
@@ -470,6 +526,8 @@ class Host:
         :raises Busy: one is leased or pinned; nothing was removed from its
             volume.
         :raises NotFound: one has no slot.
+        :raises Corrupt: its volume is damaged; see :meth:`Volume.evict
+            <fastboot_common.volume.Volume.evict>`.
         """
         freed = 0
         places = [(self.find(image_id)[0], image_id)
@@ -496,7 +554,9 @@ class Host:
             if freed >= wanted:
                 break
             # A guest may have come for it, or others evicted it, meanwhile.
-            with contextlib.suppress(exception.Busy, exception.NotFound):
+            # Of a damaged volume, nothing goes.
+            with contextlib.suppress(exception.Busy, exception.NotFound,
+                                     exception.Corrupt):
                 count = self.evict([image_id])
                 evicted(image_id, count)
                 freed += count
@@ -506,7 +566,7 @@ class Host:
 
     def held(self) -> tuple[int, int]:
         """Bytes of the disk that volumes and mirror take."""
-        return (sum(one.disk_used() for one in self.volumes()),
+        return (sum(path.stat().st_blocks * 512 for path in self._files()),
                 files.disk_used(self.mirror.path))
 
     def status(self) -> list[Status]:
@@ -548,6 +608,10 @@ class Host:
         """
         one, image = self.find(image_id)
         found = self.mirror.read_manifest(image.manifest)
+        try:
+            one.slot_of(image_id)
+        except exception.Corrupt as error:
+            return 0, [str(error)]
         return one.check(
             image_id, functools.partial(self._digests, image),
             data_blocks(found), self._pool, progress)
@@ -586,7 +650,11 @@ def _presence(one: volume.Volume, image_id: str) -> tuple[str, float]:
 
     :raises NotFound: it has none.
     """
-    target = one.slot_of(image_id)
+    try:
+        target = one.slot_of(image_id)
+    except exception.Corrupt:
+        # There is something: `check` says what.
+        return 'thawed', 0.0
     if one.is_complete(image_id):
         return 'complete', 1.0
     present, missing = target.present(), target.missing()

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import os
 import random
+import sqlite3
 
 import pytest
 from images import (
@@ -386,6 +387,151 @@ def test_manifests_of_other_blocks(world):
         store.object_name('manifests', digest), data)
     with world.host() as host, pytest.raises(exception.Corrupt):
         host.mirror.read_manifest(digest)
+
+
+@pytest.fixture
+def neighbours(world):
+    """A public image, and two of a project; ``two`` lacks a byte of its L1."""
+    world.publish('public', disk(300 * 4096, 1), range(10))
+    for number, name in enumerate(('one', 'two')):
+        world.publish(name, disk(300 * 4096, 2 + number), range(10),
+                      visibility='private', owner='p')
+    with world.host() as host:
+        host.sync()
+        for name in ('public', 'one', 'two'):
+            host.acquire(name, f'guest-{name}')
+        one, _ = host.find('two')
+        one.pin('two')
+        os.pwrite(one._fd, b'\x02',
+                  one.slot_of('two').l1_place[0] + 6)
+    return one
+
+
+def kept(one):
+    """The files of a volume, and how each is."""
+    return {path: (path.stat().st_mtime_ns, path.stat().st_blocks)
+            for path in one.path.rglob('*')
+            if path.is_file() and 'index' not in path.name}
+
+
+def test_a_damaged_slot_is_its_guests_alone(world, neighbours):
+    """Others of the volume are served; nothing of it goes."""
+    with world.host() as host:
+        for name in ('public', 'one'):
+            host.acquire(name, 'another')
+            host.ensure(name, 200 * 4096, 4096)
+            assert host.hydrate(name)
+            assert right(host, world, name) == 0
+        for fails in (lambda: host.acquire('two', 'another'),
+                      lambda: host.ensure('two', 200 * 4096, 4096),
+                      lambda: host.hydrate('two')):
+            with pytest.raises(exception.Corrupt, match='slot 3'):
+                fails()
+        assert host.check('two') == (0, ['slot 3: L1 entry'])
+        assert len(host.status()) == 3
+        one, _ = host.find('two')
+        assert one.leases('two') == ['guest-two']
+        for holder in ('guest-one', 'another'):
+            host.release('one', holder)
+        host.release('two', 'guest-two')
+        before = kept(one)
+        with pytest.raises(exception.Corrupt, match='slot 3'):
+            host.evict(['one'])
+        assert host.make_room(1 << 40) == 0
+        for name in ('one', 'two'):
+            world.repository.remove(name)
+        host.sync()
+        assert kept(one) == before
+        assert right(host, world, 'one') == 0
+        host.ensure('public', 250 * 4096, 4096)
+    with world.host() as host:
+        assert right(host, world, 'one') == 0
+
+
+def spoil_description(one):
+    (one.path / 'images' / 'two').write_text('{')
+
+
+def spoil_poison(one):
+    with one.file.open('r+b') as file:
+        file.write(b'x')
+
+
+def leave_busy(one):
+    """What the slot uses is not known, so nothing can be freed."""
+    db = sqlite3.connect(one.path / 'index.sqlite')
+    with db:
+        db.execute("UPDATE meta SET value = 1 WHERE key = 'busy'")
+    db.close()
+
+
+def no_file(one):
+    one.file.rename(one.path / 'away')
+    one.file.mkdir()
+
+
+@pytest.mark.parametrize('harm', [
+    spoil_description, spoil_poison, leave_busy, no_file],
+    ids=lambda harm: harm.__name__)
+def test_a_volume_that_cannot_be_opened(world, neighbours, harm, caplog):
+    """Guests of others do not see it; nothing of it goes."""
+    harm(neighbours)
+    before = kept(neighbours)
+    with world.host() as host:
+        host.ensure('public', 200 * 4096, 4096)
+        host.acquire('public', 'another')
+        assert host.hydrate('public')
+        assert right(host, world, 'public') == 0
+        assert [row.image_id for row in host.status()
+                if row.leases] == ['public']
+        assert list(host.damaged()) == ['project-p']
+        for fails in (lambda: host.acquire('one', 'another'),
+                      lambda: host.ensure('one', 0, 4096)):
+            with pytest.raises((exception.Corrupt, OSError)):
+                fails()
+        with pytest.raises(exception.Corrupt, match='project-p'):
+            host.find('two')
+        with pytest.raises(exception.NotFound):
+            host.find('another')
+        host.release('one', 'guest-one')
+        assert host.make_room(1 << 40) == 0
+        # What its guests need may be nowhere else.
+        for name in ('one', 'two', 'public'):
+            world.repository.remove(name)
+        packs = sorted((world.path / 'host' / 'mirror').glob('*/??/*'))
+        host.sync()
+        assert sorted((world.path / 'host' / 'mirror').glob(
+            '*/??/*')) == packs
+        assert kept(neighbours) == before
+        assert len([record for record in caplog.records
+                    if 'stays as it' in record.message]) == 1
+
+
+def test_a_volume_that_was_mended(world, neighbours, monkeypatch):
+    description = neighbours.path / 'images' / 'one'
+    good = description.read_text()
+    description.write_text('')
+    with world.host() as host:
+        with pytest.raises(exception.Corrupt):
+            host.ensure('one', 0, 4096)
+        description.write_text(good)
+        with pytest.raises(exception.Corrupt):
+            host.ensure('one', 0, 4096)
+        monkeypatch.setattr(host_module.time, 'monotonic', lambda: 1e12)
+        host.ensure('one', 200 * 4096, 4096)
+        assert host.damaged() == {}
+
+
+def test_an_id_of_a_damaged_volume_is_not_used_again(world, neighbours):
+    """Its guests would read the other image."""
+    (neighbours.path / 'images' / 'two').write_text('')
+    world.repository.remove('two')
+    world.publish('two', disk(300 * 4096, 9), range(9))
+    with world.host() as host:
+        host.sync()
+        with pytest.raises(exception.Corrupt, match='project-p'):
+            host.acquire('two', 'another')
+        assert not host.open_volume('public').image('two')
 
 
 def test_sync_of_some(world):

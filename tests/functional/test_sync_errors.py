@@ -15,6 +15,7 @@ import pytest
 from images import World, disk, fast_directory, verify
 
 from fastboot_common import exception, files
+from fastboot_nova import host as host_module
 
 PAGE = 4096
 
@@ -36,6 +37,7 @@ class Device:
             (os, 'pwrite'), (os, 'fdatasync'), (files, 'punch'))}
 
     def install(self, monkeypatch):
+        monkeypatch.setattr(host_module, '_AGAIN', 0)
         monkeypatch.setattr(os, 'pwrite', self.pwrite)
         monkeypatch.setattr(os, 'fdatasync', self.fdatasync)
         monkeypatch.setattr(files, 'punch', self.punch)
