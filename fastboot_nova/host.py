@@ -114,8 +114,9 @@ class Host:
         #: tried again (monotonic seconds).
         self._damaged: dict[str, tuple[str, float]] = {}
         self._mutex = threading.RLock()
-        #: Held from the look for others of an image's id until it has a slot.
-        self._making = threading.Lock()
+        #: By image id: held from the look for others of that id until the
+        #: image has a slot.
+        self._making: dict[str, threading.Lock] = {}
         self._pool = concurrent.futures.ThreadPoolExecutor(
             threads or len(os.sched_getaffinity(0)), 'frames')
         self._fetchers = concurrent.futures.ThreadPoolExecutor(
@@ -373,7 +374,7 @@ class Host:
         one = self.open_volume(image.domain)
         here = volume.Image(image.image_id, image.serial, image.manifest,
                             image.virtual_size)
-        with self._making:
+        with self._making.setdefault(image.image_id, threading.Lock()):
             self._check_alone(image)
             target = one.make_slot(here, data_blocks(found))
         frames = self.mirror.frames(found, found.boot)
