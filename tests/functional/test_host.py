@@ -7,6 +7,7 @@ import itertools
 import os
 import random
 import sqlite3
+import types
 
 import pytest
 from images import (
@@ -517,7 +518,8 @@ def test_a_volume_that_was_mended(world, neighbours, monkeypatch):
         description.write_text(good)
         with pytest.raises(exception.Corrupt):
             host.ensure('one', 0, 4096)
-        monkeypatch.setattr(host_module.time, 'monotonic', lambda: 1e12)
+        monkeypatch.setattr(host_module, 'time', types.SimpleNamespace(
+            monotonic=lambda: 1e12))
         host.ensure('one', 200 * 4096, 4096)
         assert host.damaged() == {}
 
