@@ -169,38 +169,43 @@ class Host:
                 self._damaged.pop(domain, None)
             return self._volumes[domain]
 
-    def volumes(self) -> Iterator[volume.Volume]:
+    def volumes(self) -> list[volume.Volume]:
         """The volumes of this host, without those that are damaged: their
         guests alone have to do with that."""
+        return self._look()[0]
+
+    def damaged(self) -> dict[str, str]:
+        """By domain, why a volume cannot be opened."""
+        return self._look()[1]
+
+    def _look(self) -> tuple[list[volume.Volume], dict[str, str]]:
+        """:meth:`volumes` and :meth:`damaged` of one moment."""
+        opened, damaged = [], {}
         for path in self._files():
-            one = self._try_volume(path.parent.name)
-            if one:
-                yield one
+            domain = path.parent.name
+            with self._mutex:
+                one = self._try_volume(domain)
+                if one:
+                    opened.append(one)
+                else:
+                    damaged[domain] = self._damaged[domain][0]
+        return opened, damaged
 
     def _files(self) -> list[pathlib.Path]:
         return sorted((self.path / 'volumes').glob('*/volume'))
 
     def _try_volume(self, domain: str) -> volume.Volume | None:
-        with self._mutex:
-            words, again = self._damaged.get(domain, ('', 0.0))
-            if time.monotonic() < again:
-                return None
-            try:
-                return self.open_volume(domain)
-            except (exception.Corrupt, OSError, sqlite3.Error) as error:
-                if words != str(error):
-                    LOG.error('volume %s cannot be opened, and stays as it '
-                              'is: %s', domain, error)
-                self._damaged[domain] = str(error), time.monotonic() + _AGAIN
-                return None
-
-    def damaged(self) -> dict[str, str]:
-        """By domain, why a volume cannot be opened."""
-        domains = [path.parent.name for path in self._files()
-                   if not self._try_volume(path.parent.name)]
-        with self._mutex:
-            return {domain: self._damaged[domain][0] for domain in domains
-                    if domain in self._damaged}
+        words, again = self._damaged.get(domain, ('', 0.0))
+        if time.monotonic() < again:
+            return None
+        try:
+            return self.open_volume(domain)
+        except (exception.Corrupt, OSError, sqlite3.Error) as error:
+            if words != str(error):
+                LOG.error('volume %s cannot be opened, and stays as it is: '
+                          '%s', domain, error)
+            self._damaged[domain] = str(error), time.monotonic() + _AGAIN
+            return None
 
     def find(self, image_id: str) -> tuple[volume.Volume, volume.Image]:
         """The volume that has a slot of the image, registered or not.
@@ -208,19 +213,21 @@ class Host:
         :raises NotFound: none has.
         :raises Corrupt: one has that is damaged.
         """
-        for one in self.volumes():
+        opened, damaged = self._look()
+        for one in opened:
             found = one.image(image_id)
             if found:
                 return one, found
-        self._check_damaged(image_id)
+        self._check_damaged(image_id, damaged)
         raise exception.NotFound(f'image {image_id} has no slot here; '
                                  f'acquire it first')
 
-    def _check_damaged(self, image_id: str) -> None:
+    def _check_damaged(self, image_id: str,
+                       damaged: dict[str, str]) -> None:
         """:raises Corrupt: a damaged volume has the image, or one that had
         its id before."""
         name = journal.validate_image_id(image_id)
-        for domain, words in self.damaged().items():
+        for domain, words in damaged.items():
             if (self.path / 'volumes' / domain / 'images' / name).exists():
                 raise exception.Corrupt(
                     f'image {image_id} is in volume {domain}, which cannot '
@@ -279,7 +286,8 @@ class Host:
             images = self.mirror.state.images
             keep = {image.manifest for image in images.values()}
             freed = 0
-            for one in self.volumes():
+            opened, damaged = self._look()
+            for one in opened:
                 for image in one.images().values():
                     current = images.get(image.image_id)
                     if current and current.serial == image.serial:
@@ -287,7 +295,7 @@ class Host:
                     elif self._drop(one, image.image_id, evicted):
                         continue
                     keep.add(image.manifest)
-            if self.damaged():
+            if damaged:
                 return freed
             return freed + self.mirror.prune(keep)
 
@@ -400,14 +408,15 @@ class Host:
         :raises Invalid: an image that had the id before has a slot here.
         :raises Corrupt: it may have one, in a damaged volume.
         """
-        for one in self.volumes():
+        opened, damaged = self._look()
+        for one in opened:
             known = one.image(image.image_id)
             if known and known.serial != image.serial:
                 raise exception.Invalid(
                     f'image {image.image_id} has the slot of serial '
                     f'{known.serial} in {one.path}, not {image.serial}; it '
                     f'can be used here once no guest has that one')
-        self._check_damaged(image.image_id)
+        self._check_damaged(image.image_id, damaged)
 
     def _fill(self, one: volume.Volume, image: volume.Image,
               frames: list[mirror.Frame], plain: list[bytes]) -> None:
