@@ -47,6 +47,8 @@ POISON: Final = (f'{_POISON_PREFIX}/this-disk-needs-compute_driver='
                  f'or-fastbootctl-host-detach-before-that-is-removed')
 #: L2 tables that are built in memory at once when a slot is made.
 _TABLES_AT_ONCE: Final = 512
+#: Bytes of tables that are written again at once.
+_PIECE: Final = 1 << 20
 #: What `check` lists of one image at most.
 _PROBLEMS: Final = 100
 
@@ -138,6 +140,9 @@ class Volume:
         self._limit = size
         #: Behind the last cluster ever given out.
         self._end = slot.DATA
+        #: Whether tables may differ from what the device has: a sync failed,
+        #: perhaps one of the process before.
+        self._lost = True
         #: Runs that the operation under way had from other gaps.
         self._given: list[tuple[int, int]] = []
         with contextlib.ExitStack() as stack:
@@ -218,6 +223,18 @@ class Volume:
                 self._slots[image_id] = found
             return self._slots[image_id]
 
+    def _slot_of_same(self, image: Image) -> slot.Slot:
+        """The slot of an image, and of no other that has its id by now.
+
+        :raises NotFound: it has none.
+        """
+        found = self.slot_of(image.image_id)
+        if found.serial != image.serial:
+            raise exception.NotFound(
+                f'image {image.image_id} of serial {image.serial} is not in '
+                f'{self.path} any more; {found.serial} is')
+        return found
+
     def is_complete(self, image_id: str) -> bool:
         """Whether the image needs nothing from elsewhere."""
         return self.complete_name(image_id).exists()
@@ -226,6 +243,14 @@ class Volume:
         """The hard link that exists while the image is complete."""
         return (self.path / 'complete'
                 / journal.validate_image_id(image_id))
+
+    def is_sound(self) -> bool:
+        """Whether all slots make sense; nothing is evicted otherwise."""
+        try:
+            self._check_slots()
+            return True
+        except exception.Corrupt:
+            return False
 
     def disk_used(self) -> int:
         """Bytes of the device that the volume takes."""
@@ -275,37 +300,42 @@ class Volume:
         blocks.write_exactly(
             self._fd, (l1 | np.uint64(qcow2.COPIED)).astype('>u8').tobytes(),
             l1_offset)
-        os.fdatasync(self._fd)
+        self._sync()
         self._index.add([], self._end)
         header = qcow2.Header(
             image.virtual_size, cluster.bit_length() - 1, l1_offset - start,
             count, slot.REFCOUNTS - start, self._backing(image.image_id))
         os.pwrite(self._fd, header.pack(), start)
-        os.fdatasync(self._fd)
+        self._sync()
 
     def describe(self, image: Image) -> None:
         """Replace an image's description (a repacked manifest)."""
         with self._mutex:
-            if self.image(image.image_id):
+            known = self.image(image.image_id)
+            if known and known.serial == image.serial:
                 files.write_atomically(
                     self.path / 'images' / image.image_id,
                     journal.canonical(dataclasses.asdict(image)))
 
     # Filling
 
-    def fill(self, image_id: str, batches: list[Batch],
+    def fill(self, image: Image, batches: list[Batch],
              pool: concurrent.futures.Executor) -> int:
         """Put blocks of an image into the volume; those there are skipped.
 
         New data lies in the order of `batches`. Nothing is named by the
         tables before it was synced.
 
+        :param image: as it was found when `batches` were made. Its id alone
+            would not do: the image may have been evicted since, and another
+            been registered under it.
         :returns: bytes written (blocks that other images brought are not).
+        :raises NotFound: its slot is gone.
         :raises NoSpace: volume or device are full.
         :raises Corrupt: a frame is damaged; nothing of `batches` counts.
         """
         with self._mutex, self._operation():
-            target = self.slot_of(image_id)
+            target = self._slot_of_same(image)
             numbers, offsets, fresh, jobs = self._plan(target, batches)
             if not len(numbers):
                 return 0
@@ -313,7 +343,7 @@ class Volume:
             self._index.add(fresh, self._end)
             order = np.argsort(numbers)
             target.set(numbers[order], offsets[order])
-            os.fdatasync(self._fd)
+            self._sync()
             return len(fresh) * self.block_size
 
     def _plan(self, target: slot.Slot, batches: list[Batch]) -> tuple[
@@ -372,11 +402,11 @@ class Volume:
             for _batch, _positions, offsets in jobs:
                 for start, end in _spans(offsets, self.block_size):
                     files.punch(self._fd, start, end - start)
-            os.fdatasync(self._fd)
+            self._sync()
             self._index.busy = False
             raise
         if running:
-            os.fdatasync(self._fd)
+            self._sync()
 
     def _write(self, batch: Batch, positions: blocks.Blocks,
                offsets: Offsets) -> None:
@@ -416,16 +446,16 @@ class Volume:
 
     def complete(self, image_id: str) -> bool:
         """Give the image its complete name, if nothing of it is missing."""
-        with self._mutex:
+        with self._mutex, self._operation():
             target = self.slot_of(image_id)
             name = self.complete_name(image_id)
             if name.exists():
                 return True
             if target.missing():
                 return False
-            os.fdatasync(self._fd)
+            self._sync()
             target.write_header(None)
-            os.fdatasync(self._fd)
+            self._sync()
             files.make_directory(name.parent)
             os.link(self.file, name)
             files.sync_directory(name.parent)
@@ -436,7 +466,7 @@ class Volume:
         target = self.slot_of(image_id)
         if target.header.backing is None:
             target.write_header(self._backing(image_id))
-            os.fdatasync(self._fd)
+            self._sync()
 
     # Leases and pins
 
@@ -455,7 +485,10 @@ class Volume:
                     lambda: image_id not in self._leaving, wait):
                 raise exception.Busy(f'image {image_id} is being evicted')
             with contextlib.suppress(FileNotFoundError):
-                os.utime(path)
+                # The kernel's own time is some milliseconds coarse: two who
+                # ask at once would look like one.
+                now = time.time_ns()
+                os.utime(path, ns=(now, now))
                 return
             self._arriving[image_id] += 1
         try:
@@ -554,8 +587,11 @@ class Volume:
 
         :returns: bytes freed on the device.
         :raises Busy: one of them is leased or pinned; nothing was removed.
+        :raises Corrupt: a slot is damaged, perhaps another image's. What it
+            uses is not known; nothing was removed.
         """
         with self._mutex, self._closed_to_guests(image_ids):
+            self._check_slots()
             before = self.disk_used()
             with self._operation():
                 for image_id in image_ids:
@@ -596,13 +632,13 @@ class Volume:
         self._make_incomplete(image_id)
         tables = np.unique(target.tables) // self.block_size
         os.pwrite(self._fd, bytes(qcow2.HEADER_LIMIT), target.start)
-        os.fdatasync(self._fd)
+        self._sync()
         self._slots.pop(image_id)
         # Before the data: an entry must never name a hole.
         for first, count in blocks.runs(tables):
             files.punch(self._fd, first * self.block_size,
                         count * self.block_size)
-        os.fdatasync(self._fd)
+        self._sync()
 
     def _used(self) -> tuple[Offsets, list[tuple[int, int]]]:
         """All data clusters (sorted), and all places in use (sorted)."""
@@ -618,11 +654,23 @@ class Volume:
 
     def _all_slots(self) -> Iterator[slot.Slot]:
         """All slots of the file, also one whose description was lost."""
+        for serial in self._serials():
+            with contextlib.suppress(exception.NotFound):
+                yield slot.Slot(self._fd, serial)
+
+    def _check_slots(self) -> None:
+        """:raises Corrupt: one is damaged, or its description is."""
+        for _ in self._all_slots():
+            pass
+        for image_id in self.images():
+            with contextlib.suppress(exception.NotFound):
+                self.slot_of(image_id)
+
+    def _serials(self) -> Iterator[int]:
+        """The serials whose slots have, or had, a header."""
         for start, end in files.data_ranges(self._fd, slot.SLOT,
                                             slot.SLOTS_END):
-            for serial in range(start // slot.SLOT, -(-end // slot.SLOT)):
-                with contextlib.suppress(exception.NotFound):
-                    yield slot.Slot(self._fd, serial)
+            yield from range(start // slot.SLOT, -(-end // slot.SLOT))
 
     def _reclaim(self) -> None:
         """Punch all that no slot uses; the index forgets it first."""
@@ -631,7 +679,45 @@ class Volume:
         for start, end in _gaps(places, slot.DATA, self.size):
             for low, high in files.data_ranges(self._fd, start, end):
                 files.punch(self._fd, low, high - low)
-        os.fdatasync(self._fd)
+        self._sync()
+
+    # Syncing
+
+    def _sync(self) -> None:
+        """Make durable what was written.
+
+        :raises OSError: some of it may be lost. The kernel says so once, and
+            from then on takes it for written: what is read may never have
+            reached the device, and the next sync succeeds.
+        """
+        try:
+            os.fdatasync(self._fd)
+        except OSError:
+            self._lost = True
+            raise
+
+    def _write_again(self) -> None:
+        """Have all headers and L2 tables on the device as they are read.
+
+        Of the rest, nothing is named before it was synced.
+
+        :raises OSError: the device does not take them now either.
+        :raises NoSpace: it is full, and writes nothing where it lay before.
+        """
+        for serial in self._serials():
+            # Empty ones, too: those of images that were evicted.
+            self._write_same(serial * slot.SLOT, qcow2.HEADER_LIMIT)
+        for target in self._all_slots():
+            for start, end in _spans(target.tables, self.block_size):
+                self._write_same(start, end - start)
+        self._sync()
+        self._lost = False
+
+    def _write_same(self, start: int, length: int) -> None:
+        for place in range(start, start + length, _PIECE):
+            data = os.pread(self._fd, min(_PIECE, start + length - place),
+                            place)
+            blocks.write_exactly(self._fd, data, place)
 
     # Space
 
@@ -705,15 +791,23 @@ class Volume:
     # Opening
 
     def _follow_backing(self) -> None:
-        """Give slots the backing of today: the socket may have moved."""
+        """Give slots the backing of today: the socket may have moved.
+
+        One that is damaged stays as it is: its image cannot be used, the
+        others can.
+        """
         for image_id in self.images():
             try:
                 target = self.slot_of(image_id)
             except exception.NotFound:
                 continue
+            except exception.Corrupt as error:
+                LOG.error('%s: image %s: %s', self.file, image_id, error)
+                continue
             if target.header.backing not in (None, self._backing(image_id)):
-                target.write_header(self._backing(image_id))
-                os.fdatasync(self._fd)
+                with self._operation():
+                    target.write_header(self._backing(image_id))
+                    self._sync()
 
     def _open_index(self) -> None:
         path = self.path / 'index.sqlite'
@@ -736,7 +830,8 @@ class Volume:
             self._rebuild()
             return
         self._end = self._cursor = end
-        if self._index.busy:
+        self._lost = self._index.busy
+        if self._lost:
             LOG.info('%s: recovering from an interrupted operation',
                      self.path)
             self._recover()
@@ -756,6 +851,8 @@ class Volume:
         """Free what an interrupted operation left."""
         self._slots.clear()
         clusters, places = self._used()
+        if self._lost:
+            self._write_again()
         self._end = max([self._end, *(end for _, end in places)])
         self._end = -(-self._end // self.block_size) * self.block_size
         self._cursor, self._limit = self._end, self.size
@@ -846,17 +943,19 @@ class Volume:
             numbers[present].tolist(), digests(numbers[present]), found,
             strict=True) if want != got]
 
-    def rewrite(self, image_id: str, batches: list[Batch]) -> int:
+    def rewrite(self, image: Image, batches: list[Batch]) -> int:
         """Write blocks of an image once more, where they lie.
 
         Guests may run: they read nothing but what the image has, sooner or
         later. A block is left alone unless tables and index agree on its
         place: where they do not, that may be the place of another block.
 
+        :param image: as it was found when `batches` were made.
         :returns: blocks written.
+        :raises NotFound: its slot is gone.
         """
         with self._mutex, self._operation():
-            target = self.slot_of(image_id)
+            target = self._slot_of_same(image)
             written = 0
             for batch in batches:
                 entries = target.entries(batch.numbers)
@@ -869,7 +968,7 @@ class Volume:
                 if len(ours):
                     self._write(batch, batch.positions[ours], offsets[ours])
                 written += len(ours)
-            os.fdatasync(self._fd)
+            self._sync()
             return written
 
     def _digest(self, offset: int) -> bytes:

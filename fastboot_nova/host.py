@@ -13,8 +13,11 @@ import itertools
 import logging
 import os
 import pathlib
+import sqlite3
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
+from typing import Final
 
 import numpy as np
 
@@ -41,6 +44,8 @@ _FRAMES_AT_ONCE = 32
 _FETCHES = 4
 #: Blocks whose digests are looked up at once, to bound memory.
 _PIECE = 1 << 16
+#: Seconds before a volume is tried again that could not be opened.
+_AGAIN: Final = 60.0
 #: Told of an image that left a volume, and the bytes that this freed.
 Evicted = Callable[[str, int], None]
 #: Hydrates of a cancelled thread end after the frames under way.
@@ -105,7 +110,13 @@ class Host:
         self._volume_size = volume_size
         self._writable = writable
         self._volumes: dict[str, volume.Volume] = {}
+        #: By domain: why its volume could not be opened, and when that is
+        #: tried again (monotonic seconds).
+        self._damaged: dict[str, tuple[str, float]] = {}
         self._mutex = threading.RLock()
+        #: By image id: held from the look for others of that id until the
+        #: image has a slot.
+        self._making: dict[str, threading.Lock] = {}
         self._pool = concurrent.futures.ThreadPoolExecutor(
             threads or len(os.sched_getaffinity(0)), 'frames')
         self._fetchers = concurrent.futures.ThreadPoolExecutor(
@@ -143,7 +154,10 @@ class Host:
         return journal.find(self.mirror.state, image_id)
 
     def open_volume(self, domain: str) -> volume.Volume:
-        """The volume of a visibility domain, opened for writing."""
+        """The volume of a visibility domain, opened for writing.
+
+        :raises Corrupt: it is damaged.
+        """
         with self._mutex:
             if domain not in self._volumes:
                 self._volumes[domain] = volume.Volume(
@@ -152,25 +166,72 @@ class Host:
                         image_id, self._socket),
                     resolve=self._digests, size=self._volume_size,
                     writable=self._writable)
+                self._damaged.pop(domain, None)
             return self._volumes[domain]
 
-    def volumes(self) -> Iterator[volume.Volume]:
-        """All volumes of this host."""
-        directory = self.path / 'volumes'
-        for path in sorted(directory.glob('*/volume')):
-            yield self.open_volume(path.parent.name)
+    def volumes(self) -> list[volume.Volume]:
+        """The volumes of this host, without those that are damaged: their
+        guests alone have to do with that."""
+        return self._look()[0]
+
+    def damaged(self) -> dict[str, str]:
+        """By domain, why a volume cannot be opened."""
+        return self._look()[1]
+
+    def _look(self) -> tuple[list[volume.Volume], dict[str, str]]:
+        """:meth:`volumes` and :meth:`damaged` of one moment."""
+        opened, damaged = [], {}
+        for path in self._files():
+            domain = path.parent.name
+            with self._mutex:
+                one = self._try_volume(domain)
+                if one:
+                    opened.append(one)
+                else:
+                    damaged[domain] = self._damaged[domain][0]
+        return opened, damaged
+
+    def _files(self) -> list[pathlib.Path]:
+        return sorted((self.path / 'volumes').glob('*/volume'))
+
+    def _try_volume(self, domain: str) -> volume.Volume | None:
+        words, again = self._damaged.get(domain, ('', 0.0))
+        if time.monotonic() < again:
+            return None
+        try:
+            return self.open_volume(domain)
+        except (exception.Corrupt, OSError, sqlite3.Error) as error:
+            if words != str(error):
+                LOG.error('volume %s cannot be opened, and stays as it is: '
+                          '%s', domain, error)
+            self._damaged[domain] = str(error), time.monotonic() + _AGAIN
+            return None
 
     def find(self, image_id: str) -> tuple[volume.Volume, volume.Image]:
         """The volume that has a slot of the image, registered or not.
 
         :raises NotFound: none has.
+        :raises Corrupt: one has that is damaged.
         """
-        for one in self.volumes():
+        opened, damaged = self._look()
+        for one in opened:
             found = one.image(image_id)
             if found:
                 return one, found
+        self._check_damaged(image_id, damaged)
         raise exception.NotFound(f'image {image_id} has no slot here; '
                                  f'acquire it first')
+
+    def _check_damaged(self, image_id: str,
+                       damaged: dict[str, str]) -> None:
+        """:raises Corrupt: a damaged volume has the image, or one that had
+        its id before."""
+        name = journal.validate_image_id(image_id)
+        for domain, words in damaged.items():
+            if (self.path / 'volumes' / domain / 'images' / name).exists():
+                raise exception.Corrupt(
+                    f'image {image_id} is in volume {domain}, which cannot '
+                    f'be opened: {words}')
 
     def _digests(self, image: volume.Image,
                  numbers: blocks.Blocks) -> list[bytes]:
@@ -215,7 +276,8 @@ class Host:
                   ) -> int:
         """Drop the images that are not registered any more.
 
-        Those with guests stay until a call that finds none.
+        Those with guests stay until a call that finds none. What a damaged
+        volume needs is not known: the mirror keeps all while there is one.
 
         :param evicted: told of what left a volume.
         :returns: bytes freed.
@@ -224,7 +286,8 @@ class Host:
             images = self.mirror.state.images
             keep = {image.manifest for image in images.values()}
             freed = 0
-            for one in self.volumes():
+            opened, damaged = self._look()
+            for one in opened:
                 for image in one.images().values():
                     current = images.get(image.image_id)
                     if current and current.serial == image.serial:
@@ -232,11 +295,13 @@ class Host:
                     elif self._drop(one, image.image_id, evicted):
                         continue
                     keep.add(image.manifest)
+            if damaged:
+                return freed
             return freed + self.mirror.prune(keep)
 
     def _drop(self, one: volume.Volume, image_id: str,
               evicted: Evicted) -> bool:
-        if one.leases(image_id):
+        if one.leases(image_id) or not one.is_sound():
             return False
         one.unpin(image_id)
         try:
@@ -312,16 +377,16 @@ class Host:
                 image.image_id, image.virtual_size):
             raise exception.Corrupt(f'manifest {image.manifest} is not of '
                                     f'image {image.image_id}')
-        self._check_alone(image)
         # What lacks comes before the volume is locked.
         self.mirror.pull(image)
         one = self.open_volume(image.domain)
-        target = one.make_slot(
-            volume.Image(image.image_id, image.serial, image.manifest,
-                         image.virtual_size),
-            data_blocks(found))
+        here = volume.Image(image.image_id, image.serial, image.manifest,
+                            image.virtual_size)
+        with self._making.setdefault(image.image_id, threading.Lock()):
+            self._check_alone(image)
+            target = one.make_slot(here, data_blocks(found))
         frames = self.mirror.frames(found, found.boot)
-        written = one.fill(image.image_id, [
+        written = one.fill(here, [
             volume.Batch(frame.numbers, frame.digests, frame.positions,
                          functools.partial(self.mirror.plain, frame, True))
             for frame in frames], self._pool)
@@ -332,7 +397,7 @@ class Host:
         """Whether :meth:`thaw` has nothing to do, as far as is known."""
         manifest_digest, target = self._thawed.get(
             image.image_id, (None, None))
-        with contextlib.suppress(exception.NotFound):
+        with contextlib.suppress(exception.NotFound, exception.Corrupt):
             return (manifest_digest == image.manifest and target is
                     self.open_volume(image.domain).slot_of(image.image_id))
         return False
@@ -341,23 +406,26 @@ class Host:
         """The export knows images by their ids: one content each.
 
         :raises Invalid: an image that had the id before has a slot here.
+        :raises Corrupt: it may have one, in a damaged volume.
         """
-        for one in self.volumes():
+        opened, damaged = self._look()
+        for one in opened:
             known = one.image(image.image_id)
             if known and known.serial != image.serial:
                 raise exception.Invalid(
                     f'image {image.image_id} has the slot of serial '
                     f'{known.serial} in {one.path}, not {image.serial}; it '
                     f'can be used here once no guest has that one')
+        self._check_damaged(image.image_id, damaged)
 
-    def _fill(self, one: volume.Volume, image_id: str,
+    def _fill(self, one: volume.Volume, image: volume.Image,
               frames: list[mirror.Frame], plain: list[bytes]) -> None:
         """Put frames into a volume.
 
         :param plain: their bytes. They are all here before the volume is
             locked: a slow repository must not hold up other guests.
         """
-        one.fill(image_id, _batches(frames, plain), self._pool)
+        one.fill(image, _batches(frames, plain), self._pool)
 
     def read_ahead(self, image: journal.Image) -> None:
         """Start reading the boot set while QEMU is being started."""
@@ -411,7 +479,7 @@ class Host:
         if not exact:
             frames = self.mirror.widen(found, frames)
         for part in _parts(frames):
-            self._fill(one, image_id, part, self.mirror.plain_many(
+            self._fill(one, image, part, self.mirror.plain_many(
                 part, self._fetchers, keep=exact))
 
     # In the background
@@ -427,6 +495,7 @@ class Host:
         :param progress: told the plain bytes as they come.
         :param pace: told the plain bytes that come next; may wait.
         :returns: whether the image is complete.
+        :raises NotFound: it has no slot here, or was evicted meanwhile.
         """
         one, image = self.find(image_id)
         found = self.mirror.read_manifest(image.manifest)
@@ -449,7 +518,7 @@ class Host:
                 # One part is written while the next one comes.
                 filling.result()
                 filling = self._filler.submit(
-                    self._fill, one, image_id, part, plain)
+                    self._fill, one, image, part, plain)
                 if progress:
                     progress(size)
             filling.result()
@@ -467,6 +536,8 @@ class Host:
         :raises Busy: one is leased or pinned; nothing was removed from its
             volume.
         :raises NotFound: one has no slot.
+        :raises Corrupt: its volume is damaged; see :meth:`Volume.evict
+            <fastboot_common.volume.Volume.evict>`.
         """
         freed = 0
         places = [(self.find(image_id)[0], image_id)
@@ -493,7 +564,9 @@ class Host:
             if freed >= wanted:
                 break
             # A guest may have come for it, or others evicted it, meanwhile.
-            with contextlib.suppress(exception.Busy, exception.NotFound):
+            # Of a damaged volume, nothing goes.
+            with contextlib.suppress(exception.Busy, exception.NotFound,
+                                     exception.Corrupt):
                 count = self.evict([image_id])
                 evicted(image_id, count)
                 freed += count
@@ -503,7 +576,7 @@ class Host:
 
     def held(self) -> tuple[int, int]:
         """Bytes of the disk that volumes and mirror take."""
-        return (sum(one.disk_used() for one in self.volumes()),
+        return (sum(path.stat().st_blocks * 512 for path in self._files()),
                 files.disk_used(self.mirror.path))
 
     def status(self) -> list[Status]:
@@ -545,6 +618,10 @@ class Host:
         """
         one, image = self.find(image_id)
         found = self.mirror.read_manifest(image.manifest)
+        try:
+            one.slot_of(image_id)
+        except exception.Corrupt as error:
+            return 0, [str(error)]
         return one.check(
             image_id, functools.partial(self._digests, image),
             data_blocks(found), self._pool, progress)
@@ -569,7 +646,7 @@ class Host:
             damaged = one.damaged(image_id, numbers, digests, self._pool)
             for part in _parts(self.mirror.frames(found, np.array(
                     damaged, np.int64))):
-                written += one.rewrite(image_id, _batches(
+                written += one.rewrite(image, _batches(
                     part, self.mirror.plain_many(part, self._fetchers)))
             progress(len(numbers) * one.block_size)
         if written:
@@ -583,7 +660,11 @@ def _presence(one: volume.Volume, image_id: str) -> tuple[str, float]:
 
     :raises NotFound: it has none.
     """
-    target = one.slot_of(image_id)
+    try:
+        target = one.slot_of(image_id)
+    except exception.Corrupt:
+        # There is something: `check` says what.
+        return 'thawed', 0.0
     if one.is_complete(image_id):
         return 'complete', 1.0
     present, missing = target.present(), target.missing()

@@ -92,6 +92,9 @@ class Mirror:
         #: Held while the state changes, and while what it does not name is
         #: deleted. Not by those who read: the source may be slow.
         self.following = threading.RLock()
+        #: Held while files are deleted; who counts on one looks after it had
+        #: this. Nothing waits for the source meanwhile.
+        self._pruning = threading.Lock()
         self._mutex = threading.RLock()
         self._indexes: collections.OrderedDict[
             str, pack.PackIndex] = collections.OrderedDict()
@@ -159,19 +162,24 @@ class Mirror:
         return found
 
     def _load_manifest(self, digest: str) -> manifest.Manifest:
+        with contextlib.suppress(exception.NotFound, exception.Corrupt):
+            return self._local_manifest(digest)
         name = store.object_name('manifests', digest)
-        path = self.path / name
-
-        def unpack(data: bytes) -> manifest.Manifest:
-            return manifest.Manifest.unpack(data, digest)
-
-        with contextlib.suppress(FileNotFoundError, exception.Corrupt):
-            return unpack(path.read_bytes())
         data, found = store.parsed(
             lambda check: self.source.get(name, manifest.LIMIT, check),
-            unpack)
-        files.write_atomically(path, data)
+            lambda data: manifest.Manifest.unpack(data, digest))
+        files.write_atomically(self.path / name, data)
         return found
+
+    def _local_manifest(self, digest: str) -> manifest.Manifest:
+        """:raises NotFound: it is not here.
+        :raises Corrupt: it is damaged here."""
+        try:
+            data = self._path('manifests', digest).read_bytes()
+        except FileNotFoundError:
+            raise exception.NotFound(
+                f'manifest {digest} is not here') from None
+        return manifest.Manifest.unpack(data, digest)
 
     def ready(self, image: journal.Image) -> bool:
         """Whether the image's boot set is here, as far as is known."""
@@ -191,6 +199,9 @@ class Mirror:
         if self.ready(image):
             return 0
         found = self.read_manifest(image.manifest)
+        with self._pruning:
+            # What is here now stays: whoever deletes reads the manifest.
+            pass
         total = 0
         for ref, frames in self._by_pack(self.frames(found, found.boot)):
             total += self._pull_pack(ref, frames, progress)
@@ -385,9 +396,7 @@ class Mirror:
 
     def _write_local(self, ref: pack.PackRef, offset: int,
                      data: bytes) -> None:
-        path = self._local(ref.digest)
-        files.make_directory(path.parent)
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
+        fd = self._open_local(ref.digest)
         try:
             if os.fstat(fd).st_size < ref.size:
                 os.ftruncate(fd, ref.size)
@@ -395,10 +404,20 @@ class Mirror:
             os.fdatasync(fd)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise exception.NoSpace(f'{path}: {error}') from error
+                raise exception.NoSpace(
+                    f'pack {ref.digest}: {error}') from error
             raise
         finally:
             os.close(fd)
+
+    def _open_local(self, digest: str) -> int:
+        """Open a pack to be written; a whole one is never made."""
+        with contextlib.suppress(FileNotFoundError):
+            return os.open(self._path('packs', digest),
+                           os.O_RDWR | os.O_CLOEXEC)
+        path = self._path('partial', digest)
+        files.make_directory(path.parent)
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
 
     # Pruning
 
@@ -406,26 +425,47 @@ class Mirror:
         """Delete what no manifest of `keep` (digests) needs.
 
         :returns: bytes freed.
+        :raises Corrupt: a manifest of `keep` is damaged, here and there.
+        :raises Unavailable: it is, and the source is out of reach.
         """
         for path in files.listed(self.path / 'ready', '*'):
             image = self.state.images.get(path.name)
             if image is None or image.manifest not in keep:
                 files.remove(path)
-        # Listed first: what a pull brings from now on is not looked at.
-        kinds = {kind: files.listed(self.path / kind, '??/*')
-                 for kind in ('manifests', 'packs', 'partial')}
+        # Listed first: what comes from now on is not looked at.
+        paths = [path for kind in ('manifests', 'packs', 'partial')
+                 for path in files.listed(self.path / kind, '??/*')]
         # Of an image whose manifest is not here, nothing is.
-        packs = {ref.digest for digest in keep
-                 if self._path('manifests', digest).exists()
-                 for ref in self.read_manifest(digest).packs}
+        packs = {digest: self._packs_of(self.read_manifest(digest))
+                 for digest in keep if self._has_manifest(digest)}
+        with self._pruning:
+            # A pull may have brought some, and counts on what it finds.
+            packs |= {digest: self._packs_of(self._local_manifest(digest))
+                      for digest in keep - packs.keys()
+                      if self._has_manifest(digest)}
+            wanted = keep.union(*packs.values())
+            return sum(self._delete(path) for path in paths
+                       if path.name.removesuffix('.part') not in wanted)
+
+    def _has_manifest(self, digest: str) -> bool:
+        return self._path('manifests', digest).exists()
+
+    def _packs_of(self, found: manifest.Manifest) -> set[str]:
+        return {ref.digest for ref in found.packs}
+
+    def _delete(self, path: pathlib.Path) -> int:
+        """Delete a file, and what is known of it: who needs it again is to
+        see that it is not here.
+
+        :returns: bytes freed.
+        """
         freed = 0
-        for kind, paths in kinds.items():
-            wanted = keep if kind == 'manifests' else packs
-            for path in paths:
-                if path.name.removesuffix('.part') not in wanted:
-                    with contextlib.suppress(FileNotFoundError):
-                        freed += path.stat().st_blocks * 512
-                        path.unlink()
+        with contextlib.suppress(FileNotFoundError):
+            freed = path.stat().st_blocks * 512
+            path.unlink()
+        with self._mutex:
+            self._manifests.pop(path.name, None)
+            self._indexes.pop(path.name, None)
         return freed
 
 

@@ -210,15 +210,22 @@ class Guests:
 
         :param file: as it was acquired.
         """
-        if file:
-            with self._lock:
-                watch = self._watched.get((image_id, holder, file))
-                alone = watch is not None and watch.asked == 1
-                if watch:
-                    watch.asked -= 1
-            if not alone or not _is_missing(file):
-                return  # the next looks will tell
-        self._host.release(image_id, holder, file)
+        if not file:
+            self._host.release(image_id, holder)
+            return
+        # Before the file is looked at: who asks from now on keeps it.
+        held = [(one, lease) for one in self._host.volumes()
+                for lease in one.leased(image_id)
+                if (lease.holder, lease.file) == (holder, file)]
+        with self._lock:
+            watch = self._watched.get((image_id, holder, file))
+            alone = watch is not None and watch.asked == 1
+            if watch:
+                watch.asked -= 1
+        if alone and _is_missing(file):
+            for one, lease in held:
+                one.expire(image_id, lease)
+        # Otherwise the next looks will tell.
 
     def reconcile(self) -> int:
         """End the leases whose files are gone.

@@ -94,11 +94,13 @@ class Memory:
 
     def _chosen(self) -> list[journal.Image]:
         registered = self._host.mirror.state.images
+        damaged = self._host.damaged()
         pinned = [name for one in self._host.volumes()
                   for name in one.images() if one.pinned(name)]
         return [registered[name]
                 for name in dict.fromkeys([*self._images, *pinned])
                 if name in registered
+                and registered[name].domain not in damaged
                 and self._host.mirror.ready(registered[name])]
 
     def _clusters(self, image: journal.Image,
@@ -110,7 +112,7 @@ class Memory:
                     len(boot) * one.block_size):
                 self._host.thaw(image)
             return one, one.clusters(image.image_id, boot)
-        except (exception.NotFound, exception.Invalid):
+        except (exception.NotFound, exception.Invalid, exception.Corrupt):
             return one, np.empty(0, np.int64)
 
 

@@ -61,17 +61,19 @@ class Check(base.Lister):
 
     def take_action(self, parsed_args: argparse.Namespace) -> Any:
         """Check and list."""
-        rows = []
-        self.failed = False
+        rows: list[tuple[str, int, int, str]] = []
         with open_host(self.env, writable=parsed_args.repair) as opened:
             for image_id in _ids(opened, parsed_args.image):
                 with progress.Progress(f'checking {image_id}') as told:
                     repaired = (opened.repair(image_id, told)
                                 if parsed_args.repair else 0)
                     proven, problems = opened.check(image_id, told)
-                self.failed |= bool(problems)
                 rows += [(image_id, proven, repaired, problem) for problem
                          in problems or ['']]
+            if not parsed_args.image:
+                rows += [(f'all of {domain}', 0, 0, words) for domain, words
+                         in opened.damaged().items()]
+        self.failed = any(problem for *_, problem in rows)
         return ('Image', 'Blocks proven', 'Repaired', 'Problem'), rows
 
     def run(self, parsed_args: argparse.Namespace) -> int:

@@ -523,6 +523,23 @@ def test_memory(world, parts):
     assert held.bytes == 0 == locked_pages() - before
 
 
+@pytest.mark.parametrize('place', ['slot', 'description'])
+def test_memory_of_a_damaged_volume(world, place):
+    """There is none; that of others is locked."""
+    with world.host() as host:
+        host.sync()
+        host.thaw(host.image('image-0'))
+        one, _ = host.find('image-0')
+        if place == 'slot':
+            os.pwrite(one._fd, b'\x02', one.slot_of('image-0').l1_place[0] + 6)
+        else:
+            (one.path / 'images' / 'image-0').write_text('')
+    with world.host() as host:
+        held = memory.Memory(host, 1 << 30, ['image-0'], lambda count: True)
+        held.follow()
+        assert held.bytes == 0
+
+
 def test_memory_that_may_not_be_locked(world, parts):
     """As a process whose limit is lower than the budget."""
     pid = os.fork()

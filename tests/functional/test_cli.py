@@ -164,6 +164,23 @@ def test_damage_is_found_and_named(state, tmp_path):
     assert pack.name in problems[0]['Object']
 
 
+def test_a_volume_that_cannot_be_opened_is_named(state, tmp_path):
+    ctl = Fastbootctl(tmp_path / 's')
+    ctl('repo', 'init')
+    ctl('image', 'add', state / 'guest.raw', '--id', 'guest', '--no-boot')
+    ctl('host', 'sync')
+    ctl('volume', 'hydrate', 'guest')
+    ctl('volume', 'check')
+    description = tmp_path.joinpath(
+        's', 'host', 'volumes', 'public', 'images', 'guest')
+    description.write_text('')
+    with description.parents[1].joinpath('volume').open('r+b') as file:
+        file.write(b'x')
+    [row] = ctl.json('volume', 'check', status=1)
+    assert row['Image'] == 'all of public' and row['Problem']
+    ctl('volume', 'check', 'guest', status=1)
+
+
 def test_microvms(state, ctl, nginx):
     """Into a repository that is made for them, and back."""
     baked, again = state / 'baked', state / 'again'

@@ -3,7 +3,11 @@
 
 import concurrent.futures
 import dataclasses
+import itertools
+import os
 import random
+import sqlite3
+import types
 
 import pytest
 from images import (
@@ -16,6 +20,7 @@ from images import (
 )
 
 from fastboot_common import exception, journal, manifest, upkeep
+from fastboot_nova import host as host_module
 
 
 @pytest.fixture
@@ -225,6 +230,92 @@ def test_an_id_that_is_used_again(world, options):
         assert host.find('image')[1].serial == 3
 
 
+def use_again(world, host, **options):
+    """Register another image under the id, with a slot here."""
+    world.repository.remove('image')
+    world.publish('image', disk(900 * 4096, 2), range(5), **options)
+    host.sync()
+    host.thaw(host.image('image'))
+
+
+def test_a_hydration_under_way_when_an_id_is_used_again(world, monkeypatch):
+    """What it has on its way is not the new image's."""
+    monkeypatch.setattr(host_module, '_FRAMES_AT_ONCE', 2)
+    world.publish('image', disk(900 * 4096, 1), range(5))
+    with world.host() as host:
+        host.sync()
+        host.thaw(host.image('image'))
+        parts = itertools.count()
+
+        def pace(_count):
+            if next(parts) == 2:
+                use_again(world, host)
+
+        with pytest.raises(exception.NotFound, match='serial 1'):
+            host.hydrate('image', pace=pace)
+        assert host.find('image')[1].serial == 3
+        assert right(host, world, 'image') > 0
+        assert host.hydrate('image')
+        assert right(host, world, 'image') == 0
+
+
+@pytest.mark.parametrize('work', [
+    lambda host: host.ensure('image', 500 * 4096, 4096),
+    lambda host: host.repair('image')])
+def test_a_miss_under_way_when_an_id_is_used_again(world, monkeypatch, work):
+    world.publish('image', disk(900 * 4096, 1), range(5))
+    with world.host() as host:
+        host.sync()
+        host.thaw(host.image('image'))
+        one, _ = host.find('image')
+        os.pwrite(one._fd, b'x', int(one.slot_of('image').clusters()[0]))
+        plain_many = host.mirror.plain_many
+
+        def slow(*args, **options):
+            found = plain_many(*args, **options)
+            use_again(world, host)
+            return found
+
+        monkeypatch.setattr(host.mirror, 'plain_many', slow)
+        with pytest.raises(exception.NotFound, match='serial 1'):
+            work(host)
+        assert right(host, world, 'image') > 0
+
+
+@pytest.mark.parametrize('options', [
+    {}, {'visibility': 'private', 'owner': 'p'}])
+def test_a_thaw_under_way_when_an_id_is_used_again(world, monkeypatch,
+                                                   options):
+    """It waits for the network; then the id is another image's."""
+    world.publish('image', disk(900 * 4096, 1), range(5))
+    with world.host() as host:
+        host.sync()
+        image = host.image('image')
+        pull = host.mirror.pull
+
+        def slow(image):
+            monkeypatch.setattr(host.mirror, 'pull', pull)
+            use_again(world, host, **options)
+            return pull(image)
+
+        monkeypatch.setattr(host.mirror, 'pull', slow)
+        with pytest.raises(exception.Invalid, match='serial 3'):
+            host.thaw(image)
+        assert [list(one.images()) for one in host.volumes()
+                if one.images()] == [['image']]
+        assert right(host, world, 'image') > 0
+
+
+def test_a_manifest_is_of_one_serial(world):
+    world.publish('image', disk(90 * 4096, 1), range(9))
+    with world.host() as host:
+        host.sync()
+        host.thaw(host.image('image'))
+        one, here = host.find('image')
+        one.describe(dataclasses.replace(here, serial=7))
+        assert one.image('image') == here
+
+
 def repack(world, image_id, change):
     """Give an image another manifest."""
     repository = world.repository
@@ -297,6 +388,152 @@ def test_manifests_of_other_blocks(world):
         store.object_name('manifests', digest), data)
     with world.host() as host, pytest.raises(exception.Corrupt):
         host.mirror.read_manifest(digest)
+
+
+@pytest.fixture
+def neighbours(world):
+    """A public image, and two of a project; ``two`` lacks a byte of its L1."""
+    world.publish('public', disk(300 * 4096, 1), range(10))
+    for number, name in enumerate(('one', 'two')):
+        world.publish(name, disk(300 * 4096, 2 + number), range(10),
+                      visibility='private', owner='p')
+    with world.host() as host:
+        host.sync()
+        for name in ('public', 'one', 'two'):
+            host.acquire(name, f'guest-{name}')
+        one, _ = host.find('two')
+        one.pin('two')
+        os.pwrite(one._fd, b'\x02',
+                  one.slot_of('two').l1_place[0] + 6)
+    return one
+
+
+def kept(one):
+    """The files of a volume, and how each is."""
+    return {path: (path.stat().st_mtime_ns, path.stat().st_blocks)
+            for path in one.path.rglob('*')
+            if path.is_file() and 'index' not in path.name}
+
+
+def test_a_damaged_slot_is_its_guests_alone(world, neighbours):
+    """Others of the volume are served; nothing of it goes."""
+    with world.host() as host:
+        for name in ('public', 'one'):
+            host.acquire(name, 'another')
+            host.ensure(name, 200 * 4096, 4096)
+            assert host.hydrate(name)
+            assert right(host, world, name) == 0
+        for fails in (lambda: host.acquire('two', 'another'),
+                      lambda: host.ensure('two', 200 * 4096, 4096),
+                      lambda: host.hydrate('two')):
+            with pytest.raises(exception.Corrupt, match='slot 3'):
+                fails()
+        assert host.check('two') == (0, ['slot 3: L1 entry'])
+        assert len(host.status()) == 3
+        one, _ = host.find('two')
+        assert one.leases('two') == ['guest-two']
+        for holder in ('guest-one', 'another'):
+            host.release('one', holder)
+        host.release('two', 'guest-two')
+        before = kept(one)
+        with pytest.raises(exception.Corrupt, match='slot 3'):
+            host.evict(['one'])
+        assert host.make_room(1 << 40) == 0
+        for name in ('one', 'two'):
+            world.repository.remove(name)
+        host.sync()
+        assert kept(one) == before
+        assert right(host, world, 'one') == 0
+        host.ensure('public', 250 * 4096, 4096)
+    with world.host() as host:
+        assert right(host, world, 'one') == 0
+
+
+def spoil_description(one):
+    (one.path / 'images' / 'two').write_text('{')
+
+
+def spoil_poison(one):
+    with one.file.open('r+b') as file:
+        file.write(b'x')
+
+
+def leave_busy(one):
+    """What the slot uses is not known, so nothing can be freed."""
+    db = sqlite3.connect(one.path / 'index.sqlite')
+    with db:
+        db.execute("UPDATE meta SET value = 1 WHERE key = 'busy'")
+    db.close()
+
+
+def no_file(one):
+    one.file.rename(one.path / 'away')
+    one.file.mkdir()
+
+
+@pytest.mark.parametrize('harm', [
+    spoil_description, spoil_poison, leave_busy, no_file],
+    ids=lambda harm: harm.__name__)
+def test_a_volume_that_cannot_be_opened(world, neighbours, harm, caplog):
+    """Guests of others do not see it; nothing of it goes."""
+    harm(neighbours)
+    before = kept(neighbours)
+    with world.host() as host:
+        host.ensure('public', 200 * 4096, 4096)
+        host.acquire('public', 'another')
+        assert host.hydrate('public')
+        assert right(host, world, 'public') == 0
+        assert [row.image_id for row in host.status()
+                if row.leases] == ['public']
+        assert list(host.damaged()) == ['project-p']
+        for fails in (lambda: host.acquire('one', 'another'),
+                      lambda: host.ensure('one', 0, 4096)):
+            with pytest.raises((exception.Corrupt, OSError)):
+                fails()
+        with pytest.raises(exception.Corrupt, match='project-p'):
+            host.find('two')
+        with pytest.raises(exception.NotFound):
+            host.find('another')
+        host.release('one', 'guest-one')
+        assert host.make_room(1 << 40) == 0
+        # What its guests need may be nowhere else.
+        for name in ('one', 'two', 'public'):
+            world.repository.remove(name)
+        packs = sorted((world.path / 'host' / 'mirror').glob('*/??/*'))
+        host.sync()
+        assert sorted((world.path / 'host' / 'mirror').glob(
+            '*/??/*')) == packs
+        assert kept(neighbours) == before
+        assert len([record for record in caplog.records
+                    if 'stays as it' in record.message]) == 1
+
+
+def test_a_volume_that_was_mended(world, neighbours, monkeypatch):
+    description = neighbours.path / 'images' / 'one'
+    good = description.read_text()
+    description.write_text('')
+    with world.host() as host:
+        with pytest.raises(exception.Corrupt):
+            host.ensure('one', 0, 4096)
+        description.write_text(good)
+        with pytest.raises(exception.Corrupt):
+            host.ensure('one', 0, 4096)
+        monkeypatch.setattr(host_module, 'time', types.SimpleNamespace(
+            monotonic=lambda: 1e12))
+        host.ensure('one', 200 * 4096, 4096)
+        assert host.damaged() == {}
+
+
+def test_an_id_of_a_damaged_volume_is_not_used_again(world, neighbours):
+    """Its guests would read the other image."""
+    (neighbours.path / 'images' / 'two').write_text('')
+    world.repository.remove('two')
+    world.publish('two', disk(300 * 4096, 9), range(9))
+    with world.host() as host:
+        host.sync()
+        with pytest.raises(exception.Corrupt, match='project-p'):
+            host.acquire('two', 'another')
+        assert not host.open_volume('public').image('two')
 
 
 def test_sync_of_some(world):

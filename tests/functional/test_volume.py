@@ -497,7 +497,7 @@ class Model:
         self.rng.shuffle(here)
         some = sorted(here[:self.rng.randrange(len(here) + 1)])
         half = len(some) // 2
-        self.volume.fill(name, [
+        self.volume.fill(self.images[name], [
             batch(self.data[name], part, self.cluster)
             for part in (some[:half], some[half:]) if part], self.pool)
 
@@ -581,14 +581,16 @@ def test_no_room_leaves_everything_as_it_was():
         model = Model(path, 40)
         first = model.make(20)
         here = data_blocks(model.data[first])
-        model.volume.fill(first, [batch(model.data[first], here, 4096)],
-                          model.pool)
+        model.volume.fill(
+            model.images[first],
+            [batch(model.data[first], here, 4096)], model.pool)
         second = model.make(30)
         here = data_blocks(model.data[second])
         for _ in range(2):
             with pytest.raises(exception.NoSpace):
                 model.volume.fill(
-                    second, [batch(model.data[second], here, 4096)],
+                    model.images[second],
+                    [batch(model.data[second], here, 4096)],
                     model.pool)
         model.verify()
         assert not model.volume.complete(second)
@@ -597,7 +599,8 @@ def test_no_room_leaves_everything_as_it_was():
         model.evict(first)
         for part in (here[:12], here[12:]):
             model.volume.fill(
-                second, [batch(model.data[second], part, 4096)], model.pool)
+                model.images[second],
+                [batch(model.data[second], part, 4096)], model.pool)
         assert model.volume.complete(second)
         model.verify()
         model.close()
@@ -622,13 +625,13 @@ def test_a_frame_that_cannot_be_had():
         for error, load in ((exception.Corrupt, fail), (ValueError, crash),
                             (exception.Corrupt, fail)):
             with pytest.raises(error):
-                model.volume.fill(name, [good, volume.Batch(
+                model.volume.fill(model.images[name], [good, volume.Batch(
                     bad.numbers, bad.digests, bad.positions, load)],
                     model.pool)
             model.verify()
             assert model.volume.slot_of(name).present() == 0
         assert model.volume.disk_used() <= before + 65536
-        model.volume.fill(name, [good, bad], model.pool)
+        model.volume.fill(model.images[name], [good, bad], model.pool)
         assert model.volume.complete(name)
         model.verify()
         model.close()

@@ -4,6 +4,7 @@
 import concurrent.futures
 import os
 import pathlib
+import threading
 
 import pytest
 from disks import BLOCK, data_blocks, disk, make_repository, put
@@ -243,6 +244,108 @@ def test_prune(tmp_path, repo, source, mirror):
     assert not mirror.ready(gone)
     source.gone = True
     same(Mirror(tmp_path / 'mirror', source), kept, one)
+
+
+def aside(action, seconds=1.0):
+    """Do something beside, for so long; gives what waits for its end."""
+    thread = threading.Thread(target=action)
+    thread.start()
+    thread.join(seconds)
+    return thread.join
+
+
+def test_prune_while_an_image_comes(tmp_path, repo, source, mirror,
+                                    monkeypatch):
+    """One with a pack that is here, and was nobody's until now."""
+    data = disk(100 * BLOCK, 1)
+    old = put(repo, tmp_path / 'work', 'old', data, range(100)).image
+    mirror.refresh()
+    mirror.pull(old)
+    image = put(repo, tmp_path / 'work', 'new', data, range(100)).image
+    repo.remove('old')
+    mirror.refresh()
+    unlink, waits = pathlib.Path.unlink, []
+
+    def slow(path, **options):
+        if path.parent.parent.name == 'packs' and not waits:
+            waits.append(aside(lambda: mirror.pull(image)))
+        unlink(path, **options)
+
+    monkeypatch.setattr(pathlib.Path, 'unlink', slow)
+    mirror.prune({image.manifest})
+    waits[0]()
+    assert mirror.ready(image)
+    source.gone = True
+    same(Mirror(tmp_path / 'mirror', source), image, data)
+
+
+def test_prune_when_an_image_just_came(tmp_path, repo, source, mirror,
+                                       monkeypatch):
+    """After the look whether its manifest is here."""
+    data = disk(100 * BLOCK, 1)
+    old = put(repo, tmp_path / 'work', 'old', data, range(100)).image
+    other = put(repo, tmp_path / 'work', 'other', b'x' * BLOCK).image
+    mirror.refresh()
+    mirror.pull(old)
+    mirror.pull(other)
+    image = put(repo, tmp_path / 'work', 'new', data, range(100)).image
+    repo.remove('old')
+    mirror.refresh()
+    read = mirror.read_manifest
+
+    class Keep(set):
+        def __iter__(self):
+            return iter([image.manifest, other.manifest])
+
+    def slow(digest):
+        monkeypatch.setattr(mirror, 'read_manifest', read)
+        mirror.pull(image)
+        return read(digest)
+
+    monkeypatch.setattr(mirror, 'read_manifest', slow)
+    mirror.prune(Keep([image.manifest, other.manifest]))
+    assert mirror.ready(image)
+    source.gone = True
+    same(Mirror(tmp_path / 'mirror', source), image, data)
+
+
+def test_a_pack_that_goes_while_it_is_mended(tmp_path, repo, source, mirror,
+                                             monkeypatch):
+    """It does not come back as one of holes that is called whole."""
+    data = disk(100 * BLOCK, 1)
+    image = put(repo, tmp_path / 'work', 'image', data, range(100)).image
+    mirror.refresh()
+    mirror.pull(image)
+    [path] = local(mirror, 'packs')
+    path.chmod(0o600)
+    path.write_bytes(bytes(path.stat().st_size))
+    real = os.open
+
+    def slow(name, flags, *mode):
+        if flags & os.O_RDWR and name == path:
+            path.unlink(missing_ok=True)
+        return real(name, flags, *mode)
+
+    monkeypatch.setattr(os, 'open', slow)
+    again = Mirror(tmp_path / 'mirror', source)
+    same(again, image, data)
+    assert not local(mirror, 'packs')
+
+
+def test_what_was_pruned_is_not_known_any_more(tmp_path, repo, source,
+                                               mirror):
+    """The same image comes again: all that it needs is here then."""
+    large = disk(3000 * BLOCK, 1, zeros=0)
+    put(repo, tmp_path / 'work', 'large', large, range(3000))
+    data = large[700 * BLOCK:710 * BLOCK]
+    image = put(repo, tmp_path / 'work', 'small', data, range(10)).image
+    mirror.refresh()
+    mirror.pull(image)
+    (mirror.path / 'ready' / 'small').unlink()
+    assert mirror.prune(set()) > 0
+    mirror.pull(image)
+    source.gone = True
+    same(Mirror(tmp_path / 'mirror', source), image, data)
 
 
 def test_prune_spares_what_is_being_written(tmp_path, repo, source, mirror):
