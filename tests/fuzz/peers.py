@@ -8,6 +8,7 @@ import io
 import json
 import os
 import pathlib
+import re
 import socket
 import tempfile
 import types
@@ -28,9 +29,12 @@ from fastboot_glance import centre, listener, records, reports, source
 from fastboot_glance.api import parts as api_parts
 from fastboot_nova import client
 from fastboot_nova.agent import api, bus
+from fastboot_nova.microvm.remote import OUTCOMES
 
 #: Statuses that the local API knows, and those of Python's server.
 LOCAL = (200, 202, 400, 404, 405, 503, 414, 431, 501, 505)
+#: What the agent knows a lane by that it lent.
+LANE = '0123456789abcdef' * 2
 LEASE = {'image': IMAGE, 'holder': 'nova', 'file': '/var/_base/abc_sm'}
 
 
@@ -57,7 +61,8 @@ class Served:
         journal.validate_image_id(image_id)
         assert 0 <= offset < 1 << 62 and 0 < length < 1 << 62
 
-    def acquire(self, image_id, holder, file):
+    def acquire(self, image_id, holder, file, removed):
+        assert removed in (True, False)
         self.release(image_id, holder, file)
         return {'image': image_id}
 
@@ -76,6 +81,27 @@ class Served:
 
     def images(self):
         return {'images': [{'id': IMAGE}]}
+
+    def microvms(self):
+        return {'microvms': []}
+
+    def take(self, image_id, holder):
+        journal.validate_image_id(image_id)
+        journal.validate_image_id(holder)
+        return {'lane': LANE}
+
+    def dress(self, token, xml):
+        assert re.fullmatch('[0-9a-f]{32}', token) and len(xml) < 1 << 20
+
+    def give_back(self, token, outcome, phase, reason, seconds):
+        self.dress(token, reason)
+        assert outcome in OUTCOMES and len(phase) <= 32
+        reason.encode()
+        assert all(re.fullmatch('[A-Za-z_]{0,32}', name) and 0 <= value < 3600
+                   for name, value in seconds.items())
+
+    def leave(self, holder):
+        journal.validate_image_id(holder)
 
 
 @functools.cache
@@ -121,7 +147,14 @@ def agent_seeds():
                   post('sync', {}), request('GET', '/v1/images'),
                   request('GET', '/v1/images/image-1'),
                   request('GET', '/v1/status'))),
-        post('acquire', {**LEASE, 'file': '/../x'}),
+        b''.join((post('microvms/take', LEASE),
+                  post('microvms/dress', {'lane': LANE, 'xml': '<domain/>'}),
+                  post('microvms/return', {
+                      'lane': LANE, 'outcome': 'failed', 'phase': 'load',
+                      'reason': 'words', 'seconds': {'load': .5}}),
+                  request('GET', '/v1/microvms'),
+                  post('reboots/leave', LEASE))),
+        post('acquire', {**LEASE, 'file': '/../x', 'removed': True}),
         post('nothing', {}), request('GET', '/v1/sync'),
         request('POST', '/v1/ensure', b'[1]', Transfer_Encoding='chunked'),
         request('POST', '/v1/prepare', b'{"image":' + b'[' * 970 + b']' * 970
