@@ -8,6 +8,7 @@ audits, the endpoint that agents report to, and now and then upkeep. All of it
 may be killed at any moment.
 """
 
+import functools
 import os
 import pathlib
 import random
@@ -39,6 +40,7 @@ from fastboot_glance import (
     jobs,
     logbooks,
     microvms,
+    needs,
     observations,
     records,
     registry,
@@ -201,8 +203,9 @@ class Builder:
             try:
                 self._sweep()
                 repository = repository or self._open()
-                self._collect(repository,
-                              self._conf.repository.retention_days * 86400)
+                self._collect(
+                    repository, self._conf.repository.retention_days * 86400,
+                    functools.partial(needs.keep, self._records))
                 self._tidy(repository, shelved)
             except exception.FastbootError as error:
                 LOG.warning('upkeep: %s', error)
@@ -236,7 +239,8 @@ class Builder:
             LOG.info('upkeep: removed %d µVMs of no use', removed)
         self._collect(found, self._conf.bakery.retention_hours * 3600)
 
-    def _collect(self, repository: Repository, retention: float) -> None:
+    def _collect(self, repository: Repository, retention: float,
+                 needed: upkeep.Needed = upkeep.by_nobody) -> None:
         group = self._conf.repository
         moved = repack.repack(
             repository, group.repack_below / 100,
@@ -246,7 +250,7 @@ class Builder:
             LOG.info('upkeep: rewrote %d packs, %d bytes into %d',
                      moved.retired, moved.before, moved.after)
         done = upkeep.collect(repository, retention,
-                              group.grace_hours * 3600)
+                              group.grace_hours * 3600, needed=needed)
         if done.files:
             LOG.info('upkeep: removed %d files, %d bytes, from the '
                      'repository', done.files, done.bytes)

@@ -316,7 +316,7 @@ def test_all_of_it(tmp_path, capsys, monkeypatch):
     assert code == Code.FAILURE
     assert [row['check'] for row in found if row['result'] == 2] == [
         'Repository']
-    assert len(found) == 9
+    assert len(found) == 10
     assert all(row['details'] for row in found)
 
 
