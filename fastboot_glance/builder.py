@@ -192,7 +192,8 @@ class Builder:
             self._board, self._glance, self._policies, self._records,
             register, observations.Refresher(
                 self._records, register, group.refresh, group.refresh_hosts),
-            self._bakes(register), group.audit_removals)
+            self._bakes(register), group.audit_removals,
+            group.error_hours * 3600)
 
     def _keep_up(self) -> None:
         """Collect garbage, first what builders left that died."""

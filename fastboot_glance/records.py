@@ -36,6 +36,8 @@ logging.getLogger('oslo_db.api').setLevel(logging.CRITICAL)
 
 BUILD_STATES: Final = (
     'queued', 'building', 'ready', 'error', 'skipped', 'off')
+#: The stage of a build in error that the audit has tried again.
+PASSING: Final = 'passing'
 MICROVM_STATES: Final = ('none', 'baking', 'ready', 'refused', 'failed')
 #: Bytes that a host's images may have, decompressed.
 IMAGES_LIMIT: Final = 64 << 20
@@ -59,6 +61,8 @@ class Build:
     """What the builders say of an image.
 
     :ivar state: one of ``BUILD_STATES``.
+    :ivar stage: what it is at; in state ``error``, ``PASSING`` if it was
+        not the image's fault.
     :ivar progress: of the stage, 0 to 1.
     :ivar version: serial that the last successful build gave it.
     :ivar boot_size: bytes of its boot set.

@@ -137,11 +137,16 @@ class Registry:
         self._herald.notify(event, {'image_id': image_id,
                                     'repository_version': version, **payload})
 
-    def failed(self, image: images.Image, words: str) -> None:
-        """The image cannot be built; nobody tries again unasked."""
+    def failed(self, image: images.Image, words: str,
+               passing: bool = False) -> None:
+        """The image cannot be built; nobody tries again unasked.
+
+        :param passing: but the audit, later.
+        """
         self.tell(image, {'fastboot_state': 'error',
                           'fastboot_error': words})
-        self.note(image, 'error', error=words)
+        self.note(image, 'error', error=words,
+                  stage=records.PASSING if passing else '')
         self._herald.notify('error', {
             'image_id': image.image_id, 'name': image.name, 'error': words})
 
