@@ -117,7 +117,8 @@ class Steward:
             step(what)
         except exception.NotFound as error:
             LOG.info('audit: %s', error)  # gone since the list was made
-        except (exception.Invalid, exception.Corrupt) as error:
+        except (exception.Invalid, exception.Corrupt,
+                exception.NoSpace) as error:
             LOG.error('audit: %s', error)
 
     def _follow(self, image: images.Image,

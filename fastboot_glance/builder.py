@@ -23,7 +23,14 @@ from oslo_config import cfg
 from oslo_log import log as logging
 from oslo_service import systemd
 
-from fastboot_common import exception, publish, repack, rpc, upkeep
+from fastboot_common import (
+    exception,
+    journal,
+    publish,
+    repack,
+    rpc,
+    upkeep,
+)
 from fastboot_common.cli import base
 from fastboot_common.conf import opts
 from fastboot_common.microvm import key
@@ -255,6 +262,10 @@ class Builder:
         if done.files:
             LOG.info('upkeep: removed %d files, %d bytes, from the '
                      'repository', done.files, done.bytes)
+        version = repository.state().version
+        if version >= journal.SERIAL_WARNING:
+            LOG.warning('repository %s: %s', repository.id,
+                        journal.describe_serials(version))
 
 
 def _platform(options: Any) -> key.Platform | None:

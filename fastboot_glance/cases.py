@@ -266,6 +266,9 @@ class Build(Case):
             self._registry.note(image, 'building', attempts=book.attempts,
                                 **values)
 
+        if self._registry.find(image.image_id) is None:
+            # Before the work, which would be for nothing.
+            journal.check_serials(self._registry.repository.state().version)
         options = tools.conf.capture
         with staging.open_stage(tools.workdir, image.image_id) as stage:
             note(stage='beginning')

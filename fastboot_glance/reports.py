@@ -18,6 +18,8 @@ STATES: Final = (
     'error')
 #: Of a µVM.
 MICROVM_STATES: Final = ('absent', 'transferring', 'ready', 'error')
+#: Versions of a repository; the database has no larger ones.
+_VERSION_LIMIT: Final = 1 << 31
 #: Images in a report.
 IMAGES_LIMIT: Final = 20_000
 #: Of an image on a host.
@@ -63,7 +65,7 @@ def check(report: Any) -> dict[str, Any]:
         return {
             'host': host,
             'at': _number(report, 'at', 1e12),
-            'version': _integer(report, 'version', journal.SERIAL_LIMIT),
+            'version': _integer(report, 'version', _VERSION_LIMIT),
             'software': _text(report, 'software', 64),
             'images': checked,
             'lazy_guests': _guests(report.get('lazy_guests')),

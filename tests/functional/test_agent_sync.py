@@ -470,6 +470,8 @@ def test_the_report(world, parts):
     assert one.reporter.worker.join(time.monotonic() + 20)
     [sent] = one.sent[:1]
     assert sent['host'] == 'host-1' and sent['version'] == 3
+    assert one.told.registry.get_sample_value(
+        'fastboot_serials_left') == journal.SERIAL_LIMIT - 4
     assert sent['volume_bytes'] > 0 < sent['mirror_bytes']
     assert sent['free_bytes'] > 0
     rows = {row['id']: row for row in sent['images']}

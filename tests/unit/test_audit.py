@@ -73,14 +73,20 @@ class TestErrors:
         assert self.posted()
 
 
-def test_one_bad_image_is_not_in_the_way_of_others(world):
+@pytest.mark.parametrize('error', [
+    exception.Corrupt, exception.NotFound, exception.Invalid,
+    exception.NoSpace])
+def test_one_bad_image_is_not_in_the_way_of_others(world, error):
     seen = []
 
     def get(image_id):
         seen.append(image_id)
-        raise exception.Corrupt('damaged')
+        raise error('damaged')
 
+    world.registry.gone = get
     steward(world, glance=types.SimpleNamespace(get=get)).look_at('abc')
+    if error is exception.NotFound:
+        seen = seen[::2]
     assert seen == ['a', 'b', 'c']
 
 

@@ -14,7 +14,7 @@ pytest.importorskip('taskflow')
 from test_bakes import HERE, OTHER
 from test_eligibility import IMAGE
 
-from fastboot_common import exception
+from fastboot_common import exception, journal
 from fastboot_glance import cases, staging
 
 
@@ -163,3 +163,14 @@ def test_copies_of_all_workers_fit(tmp_path):
     assert one.case._copy_limit() == space.f_blocks * space.f_frsize // 4
     one.case._options.copy_limit = 3
     assert one.case._copy_limit() == 3 << 30
+
+
+def test_nothing_is_begun_where_no_image_can_be_registered(tmp_path):
+    version = journal.SERIAL_LIMIT - 1
+    one = Attempt(tmp_path, FULL)
+    del one.case._do
+    one.case._registry.find = lambda image_id: None
+    one.case._registry.repository = types.SimpleNamespace(
+        state=lambda: types.SimpleNamespace(version=version))
+    assert one.run() == 300
+    assert 'move to a new repository' in one.noted[0][1]

@@ -42,6 +42,15 @@ def test_good_report_is_kept_as_it_is():
     assert reports.check(GOOD) == GOOD
 
 
+def test_versions_behind_the_last_serial(store):
+    report = change(version=1 << 20, at=time.time(), host='ahead')
+    centre.Endpoint(store).report({}, report)
+    assert store.host('ahead').version == 1 << 20
+    store.forget_host('ahead')
+    with pytest.raises(exception.Invalid, match='serial'):
+        reports.check(image(serial=1 << 20))
+
+
 @pytest.mark.parametrize('name', NEWER)
 def test_older_agents_say_less(name):
     old = {key: value for key, value in GOOD.items() if key != name}
@@ -72,7 +81,7 @@ def test_what_an_image_need_not_have():
     None, [], 'x', {}, change(host=None), change(host='../x'),
     change(host='x' * 256), change(host=''), change(host='a b'),
     change(host='a\n'), change(version=-1), change(version=True),
-    change(version=1 << 20), change(version='3'), change(version=3.0),
+    change(version=1 << 31), change(version='3'), change(version=3.0),
     change(at=float('nan')), change(at=float('inf')), change(at=-1),
     change(at=None), change(at=10 ** 400), change(software=1),
     change(images={}), change(images=[None]), change(images=['a']),

@@ -10,7 +10,7 @@ import pytest
 from disks import BLOCK, disk, make_repository, put, read_back
 from oslo_config import cfg
 
-from fastboot_common import exception, upkeep
+from fastboot_common import exception, journal, upkeep
 from fastboot_common.cli import repo as cli
 from fastboot_common.conf import opts
 from fastboot_glance import builder, needs, records, reports, upgradecheck
@@ -169,3 +169,12 @@ def test_the_check_names_them(world):
     assert 'none is kept' in words()
     world.conf.set_override('connection', '', 'database')
     assert 'Skipped' in words()
+
+
+def test_builders_warn_of_the_last_numbers(world, caplog, monkeypatch):
+    service = types.SimpleNamespace(_conf=world.conf)
+    builder.Builder._collect(service, world.repository, 3600)
+    assert 'new repository' not in caplog.text
+    monkeypatch.setattr(journal, 'SERIAL_WARNING', 2)
+    builder.Builder._collect(service, world.repository, 3600)
+    assert 'new repository' in caplog.text
