@@ -67,12 +67,12 @@ class TestLimits:
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(b'x' * 200_000)
         read, write = os.pipe()
+        os.close(write)
         try:
             with pytest.raises(bakery._Refused, match='wrote more'):
                 one._follow(read, self.room)
         finally:
             os.close(read)
-            os.close(write)
 
     def test_reads_are_not_noted(self, one, monkeypatch, tmp_path):
         (tmp_path / 'raw').write_bytes(bytes(65536))
