@@ -18,8 +18,11 @@ from fastboot_common import exception
 FORMAT: Final = 'fastboot-journal'
 VERSION: Final = 1
 ENTRY_LIMIT: Final = 16 << 20
-#: Slots end at 64 GiB: reference/volume.
+#: Slots end at 64 GiB: reference/volume. Every entry takes a number, and an
+#: image's number is its serial.
 SERIAL_LIMIT: Final = 1 << 20
+#: The version from which on operators are told: half of them.
+SERIAL_WARNING: Final = SERIAL_LIMIT // 2
 #: No file is as long (bytes), and no system call takes more.
 _SIZE_LIMIT: Final = 1 << 63
 
@@ -225,6 +228,28 @@ def find(state: State, image_id: str) -> Image:
             f'{len(named)} images are named {image_id!r}; use an id: '
             + ', '.join(one.image_id for one in named))
     return named[0]
+
+
+def serials_left(version: int) -> int:
+    """How many entries may follow that register images."""
+    return max(0, SERIAL_LIMIT - 1 - version)
+
+
+def check_serials(version: int) -> None:
+    """See that another image can be registered.
+
+    :raises NoSpace: the repository has none of its numbers left.
+    """
+    if not serials_left(version):
+        raise exception.NoSpace(describe_serials(version))
+
+
+def describe_serials(version: int) -> str:
+    """How it is with the numbers of a repository, in words."""
+    return (f'its journal has {version} entries, and images can be '
+            f'registered up to entry {SERIAL_LIMIT - 1}: move to a new '
+            f'repository in time (see "The journal fills" in the '
+            f'administrator\'s guide)')
 
 
 def canonical(value: Any) -> bytes:

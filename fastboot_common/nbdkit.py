@@ -284,18 +284,20 @@ class Shield(Server):
 
 
 class Tap(Server):
-    """Serves a raw file and notes every read, for captures.
+    """Serves a raw file, and notes every read for captures.
 
     :param raw: the file.
     :param path: of the socket to serve.
-    :param log: written by nbdkit's log filter; what was there is lost.
+    :param log: written by nbdkit's log filter; what was there is lost. It
+        grows with every read: look at its size. None: nothing is noted.
     """
 
     def __init__(self, raw: pathlib.Path, path: pathlib.Path,
-                 log: pathlib.Path) -> None:
+                 log: pathlib.Path | None = None) -> None:
         self._log = log
-        super().__init__(path, ['--filter=log', 'file', f'file={raw}',
-                                f'logfile={log}'])
+        noted = [] if log is None else ['--filter=log']
+        into = [] if log is None else [f'logfile={log}']
+        super().__init__(path, [*noted, 'file', f'file={raw}', *into])
 
     def start(self) -> None:
         _prepare_log(self._log)

@@ -242,6 +242,7 @@ class Repository:
             when another publisher was first; None: there is nothing to add.
         :returns: the state after it.
         :raises Busy: a hundred races were lost in a row.
+        :raises NoSpace: no more images can be registered.
         """
         target: Any = self.store
         for _ in range(_ATTEMPTS):
@@ -249,6 +250,8 @@ class Repository:
             body = build(state)
             if body is None:
                 return state
+            if kind == 'register':
+                journal.check_serials(state.version)
             data = journal.make(state, kind, body)
             if self._signer:
                 data = self._signer.sign(data, self.id)

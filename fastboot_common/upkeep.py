@@ -5,7 +5,7 @@ import contextlib
 import dataclasses
 import hashlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -24,6 +24,8 @@ from fastboot_common.repository import Repository
 _UNFINISHED: Final = 86400
 
 Progress = Callable[[int], None]
+#: Serials of those deregistered images that are needed all the same.
+Needed = Callable[[Sequence[journal.Image]], Collection[int]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,16 +204,25 @@ def statistics(repository: Repository) -> dict[str, Any]:
 
 @dataclasses.dataclass
 class Collected:
-    """What garbage collection removed, or would remove."""
+    """What garbage collection removed, or would remove.
+
+    :ivar kept: deregistered images whose time is over, and that are needed.
+    """
 
     images: int = 0
+    kept: int = 0
     packs: int = 0
     files: int = 0
     bytes: int = 0
 
 
+def by_nobody(images: Sequence[journal.Image]) -> Collection[int]:
+    """None is needed: a :data:`Needed` where nobody can tell."""
+    return ()
+
+
 def collect(repository: Repository, retention: float, grace: float,
-            dry_run: bool = False) -> Collected:
+            dry_run: bool = False, needed: Needed = by_nobody) -> Collected:
     """Remove what no image needs any more.
 
     The journal says so first; only then files go. Safe to interrupt: a
@@ -219,17 +230,23 @@ def collect(repository: Repository, retention: float, grace: float,
 
     :param retention: seconds that a deregistered image's packs are kept.
     :param grace: seconds that a file is left alone that nothing names.
+    :param needed: asked for the images whose time is over. What it raises
+        ends the collection before anything is removed.
     """
     result = Collected()
 
     def build(state: journal.State) -> dict[str, Any] | None:
-        serials = sorted(int(serial) for serial, gone
-                         in state.removed.items() if gone.age >= retention)
-        needed = _needed(repository, state, serials)
+        old = [gone.image for gone in state.removed.values()
+               if gone.age >= retention]
+        kept = needed(old) if old else ()
+        serials = sorted(image.serial for image in old
+                         if image.serial not in kept)
+        used = _used(repository, state, serials)
         young = {digest for digest, moment in state.retired.items()
                  if journal.age(moment) < retention}
-        packs = sorted(state.packs.keys() - needed - young)
+        packs = sorted(state.packs.keys() - used - young)
         result.images, result.packs = len(serials), len(packs)
+        result.kept = len(old) - len(serials)
         if dry_run or not (serials or packs):
             result.bytes = sum(state.packs[digest] for digest in packs)
             return None
@@ -273,8 +290,8 @@ def _kept(state: journal.State,
             yield gone.image
 
 
-def _needed(repository: Repository, state: journal.State,
-            without: list[int]) -> set[str]:
+def _used(repository: Repository, state: journal.State,
+          without: list[int]) -> set[str]:
     return {ref.digest for image in _kept(state, without)
             for ref in repository.read_manifest(image.manifest).packs}
 

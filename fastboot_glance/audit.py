@@ -12,7 +12,7 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final
 
 from oslo_log import log as logging
@@ -46,12 +46,14 @@ class Steward:
                  policies: eligibility.Policies, store: records.Records,
                  register: registry.Registry,
                  refresher: observations.Refresher, baker: bakes.Bakes,
-                 removals: int) -> None:
+                 removals: int, again: float) -> None:
         """Make one.
 
         :param refresher: sees to what hosts observed.
         :param baker: sees to µVMs.
         :param removals: how many images one audit deregisters at most.
+        :param again: seconds after which a build is tried again that
+            failed, though not by the image; 0: never.
         """
         self._who = (f'{socket.gethostname()}:{os.getpid()}:'
                      f'{secrets.token_hex(4)}')
@@ -63,6 +65,15 @@ class Steward:
         self._refresher = refresher
         self._bakes = baker
         self._removals = removals
+        self._again = again
+
+    def look_at(self, image_ids: Iterable[str]) -> None:
+        """See what happened to each of some images, and follow.
+
+        :raises Unavailable: something is away; the audit comes later.
+        """
+        for image_id in image_ids:
+            self._one(self.look, image_id)
 
     def look(self, image_id: str) -> None:
         """Something happened to an image: see what, and follow.
@@ -106,7 +117,8 @@ class Steward:
             step(what)
         except exception.NotFound as error:
             LOG.info('audit: %s', error)  # gone since the list was made
-        except (exception.Invalid, exception.Corrupt) as error:
+        except (exception.Invalid, exception.Corrupt,
+                exception.NoSpace) as error:
             LOG.error('audit: %s', error)
 
     def _follow(self, image: images.Image,
@@ -129,7 +141,7 @@ class Steward:
                 self._bakes.look(image, found, waiting)
             return
         known = self._records.build(image.image_id)
-        if known and known.state == 'error' and not known.requested:
+        if known and known.state == 'error' and not self._is_due(known):
             return
         # Said before a builder can have it, and say more.
         if not known or known.state not in ('queued', 'building'):
@@ -138,6 +150,12 @@ class Steward:
                 self._registry.tell(image, {'fastboot_state': 'queued'})
         self._board.post(image.image_id, 'seen active in Glance',
                          among=waiting)
+
+    def _is_due(self, failed: records.Build) -> bool:
+        """Whether a build in error is to be tried again."""
+        return bool(failed.requested) or (
+            self._again > 0 and failed.stage == records.PASSING
+            and time.time() - failed.updated >= self._again)
 
     def _remove(self, missing: list[str], any_found: bool) -> None:
         """Deregister images that Glance's complete list does not have."""
@@ -195,6 +213,7 @@ class Desk:
         self._changed = threading.Condition()
         self._waiting: set[str] = set()
         self._stopped = False
+        self._steward: Steward | None = None
         self._thread = threading.Thread(target=self._run, name='steward',
                                         daemon=True)
 
@@ -220,26 +239,33 @@ class Desk:
                 self._changed.notify()
 
     def _run(self) -> None:
-        steward = None
         due = time.monotonic()
-        while True:
-            wanted = self._take(due)
-            if wanted is None:
-                return
-            try:
-                steward = steward or self._make()
-                for image_id in wanted:
-                    steward.look(image_id)
-                if time.monotonic() >= due:
-                    steward.audit()
-                    due = time.monotonic() + self._interval
-                continue
-            except exception.FastbootError as error:
-                LOG.warning('audit: %s', error)
-            except Exception:
-                LOG.exception('the steward failed; he goes on')
-            # The audit looks at what was left.
-            due = time.monotonic() + min(self._interval, _AGAIN)
+        while (wanted := self._take(due)) is not None:
+            due = self._turn(wanted, due)
+
+    def _turn(self, wanted: set[str], due: float) -> float:
+        """Look at some images, or at all; when the next audit is due."""
+        soon = min(self._interval, _AGAIN)
+        if wanted and not self._done(lambda one: one.look_at(wanted)):
+            # The audit looks at what was left. It may be due before, and is
+            # not put off: some image may always fail.
+            due = min(due, time.monotonic() + soon)
+        if time.monotonic() < due:
+            return due
+        well = self._done(lambda one: one.audit())
+        return time.monotonic() + (self._interval if well else soon)
+
+    def _done(self, work: Callable[[Steward], None]) -> bool:
+        """Have the steward do something; whether he could."""
+        try:
+            self._steward = self._steward or self._make()
+            work(self._steward)
+            return True
+        except exception.FastbootError as error:
+            LOG.warning('audit: %s', error)
+        except Exception:
+            LOG.exception('the steward failed; he goes on')
+        return False
 
     def _take(self, due: float) -> set[str] | None:
         """What to look at; empty: an audit is due; None: stop."""

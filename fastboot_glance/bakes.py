@@ -70,7 +70,7 @@ class Bakes:
         # First: what another builder says since, we need not have seen.
         known = self._known(image)
         there = [one for one in self._registry.microvms.of(image.image_id)
-                 if self._is_present(image, one, root)]
+                 if self._is_present(found, one, root)]
         self._note_there(image, known, there)
         wanted = self._is_wanted(there, known.get(self.platform), root)
         if wanted:
@@ -167,15 +167,15 @@ class Bakes:
         if images.changes(image.properties, values):
             self._registry.tell(image, values)
 
-    def _is_present(self, image: images.Image, one: microvms.Published,
+    def _is_present(self, found: journal.Image, one: microvms.Published,
                     root: str) -> bool:
         """Whether a µVM is of what the image is now."""
         shelved = self._registry.microvms
         if one.root != root:
             shelved.remove(one)
             return False
-        if shelved.follow(one, image.visibility, image.owner):
-            self._registry.announce('microvm_moved', image.image_id)
+        if shelved.follow(one, found.visibility, found.owner):
+            self._registry.announce('microvm_moved', found.image_id)
         return True
 
     def _known(self, image: images.Image) -> dict[str, records.Microvm]:

@@ -36,6 +36,7 @@ class Request:
     :ivar boot: whether to boot it; without, it has no boot set.
     :ivar origin: the service that it came from; None: a file.
     :ivar largest: bytes that its disk may have.
+    :ivar copy_limit: bytes that its raw copy may take; None: any.
     """
 
     path: pathlib.Path
@@ -47,6 +48,7 @@ class Request:
     boot: bool = True
     origin: str | None = None
     largest: int = source.LARGEST
+    copy_limit: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +104,8 @@ def prepare(request: Request, block_size: int, workdir: pathlib.Path,
     with source.open_source(request.path, workdir,
                             claimed_format=request.image_format,
                             user=options.user, hashes=('sha512',),
-                            cancel=cancel, largest=request.largest) as image:
+                            cancel=cancel, largest=request.largest,
+                            copy_limit=request.copy_limit) as image:
         captured = _capture(request, image, workdir, options, progress,
                             cancel, keeper)
         if cancel and cancel.is_set():

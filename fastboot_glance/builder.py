@@ -8,6 +8,7 @@ audits, the endpoint that agents report to, and now and then upkeep. All of it
 may be killed at any moment.
 """
 
+import functools
 import os
 import pathlib
 import random
@@ -22,7 +23,14 @@ from oslo_config import cfg
 from oslo_log import log as logging
 from oslo_service import systemd
 
-from fastboot_common import exception, publish, repack, rpc, upkeep
+from fastboot_common import (
+    exception,
+    journal,
+    publish,
+    repack,
+    rpc,
+    upkeep,
+)
 from fastboot_common.cli import base
 from fastboot_common.conf import opts
 from fastboot_common.microvm import key
@@ -39,6 +47,7 @@ from fastboot_glance import (
     jobs,
     logbooks,
     microvms,
+    needs,
     observations,
     records,
     registry,
@@ -190,7 +199,8 @@ class Builder:
             self._board, self._glance, self._policies, self._records,
             register, observations.Refresher(
                 self._records, register, group.refresh, group.refresh_hosts),
-            self._bakes(register), group.audit_removals)
+            self._bakes(register), group.audit_removals,
+            group.error_hours * 3600)
 
     def _keep_up(self) -> None:
         """Collect garbage, first what builders left that died."""
@@ -201,8 +211,9 @@ class Builder:
             try:
                 self._sweep()
                 repository = repository or self._open()
-                self._collect(repository,
-                              self._conf.repository.retention_days * 86400)
+                self._collect(
+                    repository, self._conf.repository.retention_days * 86400,
+                    functools.partial(needs.keep, self._records))
                 self._tidy(repository, shelved)
             except exception.FastbootError as error:
                 LOG.warning('upkeep: %s', error)
@@ -236,7 +247,8 @@ class Builder:
             LOG.info('upkeep: removed %d µVMs of no use', removed)
         self._collect(found, self._conf.bakery.retention_hours * 3600)
 
-    def _collect(self, repository: Repository, retention: float) -> None:
+    def _collect(self, repository: Repository, retention: float,
+                 needed: upkeep.Needed = upkeep.by_nobody) -> None:
         group = self._conf.repository
         moved = repack.repack(
             repository, group.repack_below / 100,
@@ -246,10 +258,14 @@ class Builder:
             LOG.info('upkeep: rewrote %d packs, %d bytes into %d',
                      moved.retired, moved.before, moved.after)
         done = upkeep.collect(repository, retention,
-                              group.grace_hours * 3600)
+                              group.grace_hours * 3600, needed=needed)
         if done.files:
             LOG.info('upkeep: removed %d files, %d bytes, from the '
                      'repository', done.files, done.bytes)
+        version = repository.state().version
+        if version >= journal.SERIAL_WARNING:
+            LOG.warning('repository %s: %s', repository.id,
+                        journal.describe_serials(version))
 
 
 def _platform(options: Any) -> key.Platform | None:

@@ -16,6 +16,7 @@ from fastboot_common.microvm import key
 from fastboot_glance import (
     bakes,
     eligibility,
+    guest,
     images,
     jobs,
     logbooks,
@@ -38,6 +39,13 @@ _LONGEST_WAIT: Final = 600.0
 #: this builder cannot do as it is configured.
 _AGAIN: Final = 10.0
 _MISCONFIGURED: Final = 60.0
+#: Seconds until a job is tried again that this builder, or the repository,
+#: has no room for. Its file is fetched and converted anew.
+_NO_ROOM: Final = 300.0
+#: Errors that say nothing of the image: of a store, a service, or what lies
+#: between.
+_PASSING: Final = (exception.Unavailable, exception.NotFound,
+                   exception.Corrupt, OSError)
 #: Seconds that an attempt may fail before it is said that all is to stop.
 _STOPPED: Final = 1.0
 
@@ -117,8 +125,12 @@ class Case(abc.ABC):
         """
 
     @abc.abstractmethod
-    def _end(self, image: images.Image, words: str) -> None:
-        """Say that nobody tries again."""
+    def _end(self, image: images.Image, words: str,
+             passing: bool = False) -> None:
+        """Say that nobody tries again.
+
+        :param passing: at least not soon: it was not the image's fault.
+        """
 
     def _is_gone(self) -> bool:
         try:
@@ -152,12 +164,14 @@ class Case(abc.ABC):
         try:
             self._do(image, book)
             return None
-        except exception.NotFound:
+        except exception.NotFound as error:
             if self._is_gone():
                 raise
-            return self._failed(image, book, 'something was not found')
+            return self._failed(image, book, 'something was not found', error)
         except exception.Busy as error:
             return self._given_up(image, book, error)
+        except exception.NoSpace as error:
+            return self._crowded(image, book, error)
         except exception.ConfigError as error:
             return self._misconfigured(image, book, error)
         except (exception.Invalid, exception.Exists) as error:
@@ -168,17 +182,17 @@ class Case(abc.ABC):
             if self._claim.cancel.wait(_STOPPED):
                 return self._given_up(image, book, error)
             LOG.warning('image %s: %s', image.image_id, error)
-            return self._failed(image, book, str(error))
+            return self._failed(image, book, str(error), error)
         except Exception as error:
             LOG.exception('image %s', image.image_id)
             return self._failed(image, book, f'{type(error).__name__}: '
-                                             f'{error}')
+                                             f'{error}', error)
 
     def _failed(self, image: images.Image, book: logbooks.Logbook,
-                words: str) -> float | None:
+                words: str, error: Exception) -> float | None:
         """An attempt failed; perhaps the next one does not."""
         if book.attempts >= self._options.attempts:
-            self._end(image, words)
+            self._end(image, words, isinstance(error, _PASSING))
             return None
         first: float = self._options.retry_wait
         wait = min(first * 2.0 ** (book.attempts - 1), _LONGEST_WAIT)
@@ -196,6 +210,30 @@ class Case(abc.ABC):
         book.take_back()
         self._put_off(image, book, '')
         return 0 if self._claim.cancel.is_set() else _AGAIN
+
+    def _crowded(self, image: images.Image, book: logbooks.Logbook,
+                 error: exception.NoSpace) -> float:
+        """There is no room, whoever took it; another builder may have some.
+
+        One image's share is bounded (:meth:`_copy_limit`). What waits must
+        not keep others from being built.
+        """
+        LOG.error('image %s is put off: %s', image.image_id, error)
+        if self._claim.lost:
+            return _AGAIN
+        staging.drop_file(self._tools.workdir, image.image_id)
+        book.take_back()
+        self._put_off(image, book, f'no room: {error}')
+        return 0 if self._claim.cancel.is_set() else _NO_ROOM
+
+    def _copy_limit(self) -> int:
+        """Bytes on disk that the raw copy of an image may take.
+
+        By default no more than makes all workers' copies fit.
+        """
+        limit: int = self._options.copy_limit << 30
+        workers = self._options.workers + self._tools.conf.bakery.workers
+        return limit or guest.disk_size(self._tools.workdir) // (workers + 1)
 
     def _misconfigured(self, image: images.Image, book: logbooks.Logbook,
                        error: exception.ConfigError) -> float:
@@ -228,6 +266,9 @@ class Build(Case):
             self._registry.note(image, 'building', attempts=book.attempts,
                                 **values)
 
+        if self._registry.find(image.image_id) is None:
+            # Before the work, which would be for nothing.
+            journal.check_serials(self._registry.repository.state().version)
         options = tools.conf.capture
         with staging.open_stage(tools.workdir, image.image_id) as stage:
             note(stage='beginning')
@@ -238,6 +279,7 @@ class Build(Case):
                 cancel=self._claim.cancel, glance=tools.glance,
                 registry=self._registry, publisher=tools.publisher,
                 options=options, largest=self._largest(),
+                copy_limit=self._copy_limit(),
                 report=build_flow.Report(
                     note, options.boots, options.timeout))
             build_flow.run(work, book, tools.books)
@@ -292,9 +334,10 @@ class Build(Case):
         self._registry.tell(image, {'fastboot_state': 'queued',
                                     'fastboot_error': words or None})
 
-    def _end(self, image: images.Image, words: str) -> None:
+    def _end(self, image: images.Image, words: str,
+             passing: bool = False) -> None:
         LOG.warning('image %s is given up: %s', image.image_id, words)
-        self._registry.failed(image, words)
+        self._registry.failed(image, words, passing)
         staging.remove(self._tools.workdir, image.image_id)
 
 
@@ -333,6 +376,7 @@ class Bake(Case):
                 registry=self._registry, bakes=tools.bakes,
                 publisher=self._publisher(),
                 platform=tools.platform, options=tools.conf.bakery,
+                copy_limit=self._copy_limit(),
                 report=build_flow.Report(
                     note, 1, tools.conf.bakery.timeout),
                 gives_way=self._gives_way),
@@ -369,7 +413,8 @@ class Bake(Case):
                  words: str) -> None:
         self._tools.bakes.note(image, 'none', reason=words)
 
-    def _end(self, image: images.Image, words: str) -> None:
+    def _end(self, image: images.Image, words: str,
+             passing: bool = False) -> None:
         root = self._tools.bakes.root(self._found(image))
         self._tools.bakes.ended(image, 'failed', root, words)
         staging.remove(self._tools.workdir, image.image_id)

@@ -2,9 +2,10 @@
 """What agents tell the centre: the RPC endpoint of ``fastboot-centre``.
 
 A host can say wrong things about itself (or by another's name: the bus tells
-hosts not apart), and then people see wrong things. Nothing else depends on
-reports. What depends on observations, :mod:`fastboot_glance.observations`
-says.
+hosts not apart), and then people see wrong things, and garbage collection
+keeps deregistered images longer, or no longer, than they are needed
+(:mod:`fastboot_glance.needs`). Nothing else depends on reports. What depends
+on observations, :mod:`fastboot_glance.observations` says.
 """
 
 from collections.abc import Callable

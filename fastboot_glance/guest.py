@@ -138,12 +138,19 @@ def check_room(directory: pathlib.Path) -> None:
             f'room, or give builders a larger disk')
 
 
+def disk_size(directory: pathlib.Path) -> int:
+    """Bytes of the file system where a directory is."""
+    space = os.statvfs(directory)
+    return space.f_blocks * space.f_frsize
+
+
 def disk_usage(directory: pathlib.Path) -> int:
-    """Bytes on disk of the files in a directory, which may come and go."""
+    """Bytes on disk of all below a directory, which may come and go."""
     total = 0
-    with contextlib.suppress(OSError), os.scandir(directory) as entries:
-        for entry in entries:
-            total += entry.stat(follow_symlinks=False).st_blocks * 512
+    for path, directories, names in os.walk(directory):
+        for name in (*directories, *names):
+            with contextlib.suppress(OSError):
+                total += os.lstat(os.path.join(path, name)).st_blocks * 512
     return total
 
 

@@ -2,7 +2,9 @@
 """Records in SQL: what builders do, and what hosts have.
 
 They are for people to look at. Nothing that boots a guest reads them: what
-images there are says the journal, what a host has says the host.
+images there are says the journal, what a host has says the host. Garbage
+collection keeps for hosts what they say that they need
+(:mod:`fastboot_glance.needs`).
 
 Every write is one statement, so that any number of builders may write at
 once; deadlocks are retried.
@@ -34,6 +36,8 @@ logging.getLogger('oslo_db.api').setLevel(logging.CRITICAL)
 
 BUILD_STATES: Final = (
     'queued', 'building', 'ready', 'error', 'skipped', 'off')
+#: The stage of a build in error that the audit has tried again.
+PASSING: Final = 'passing'
 MICROVM_STATES: Final = ('none', 'baking', 'ready', 'refused', 'failed')
 #: Bytes that a host's images may have, decompressed.
 IMAGES_LIMIT: Final = 64 << 20
@@ -43,6 +47,8 @@ HOSTS_LIMIT: Final = 20_000
 #: 1 MiB.
 IMAGE_OBSERVATIONS: Final = 16
 ALL_OBSERVATIONS: Final = 1000
+#: Rows that are in memory at a time, where each may be large.
+_AT_ONCE: Final = 50
 #: Seconds that one waits for others.
 _WAIT: Final = 7 * 86400.0
 
@@ -55,6 +61,8 @@ class Build:
     """What the builders say of an image.
 
     :ivar state: one of ``BUILD_STATES``.
+    :ivar stage: what it is at; in state ``error``, ``PASSING`` if it was
+        not the image's fault.
     :ivar progress: of the stage, 0 to 1.
     :ivar version: serial that the last successful build gave it.
     :ivar boot_size: bytes of its boot set.
@@ -112,12 +120,17 @@ class Microvm:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class HostImage:
-    """What a host says of one image; the states are those of a report."""
+    """What a host says of one image; the states are those of a report.
+
+    :ivar leases: servers there that have their disk on it; None: the host
+        is too old to say.
+    """
 
     state: str
     progress: float = 0.0
     error: str = ''
     serial: int | None = None
+    leases: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -441,6 +454,20 @@ class Records:
                 if digest in found]
 
     @_guarded
+    def host_images(self, image_ids: set[str],
+                    ) -> dict[str, dict[str, HostImage]]:
+        """What each host that is known said last of some images, by the
+        host's name."""
+        hosts = tables.HOSTS
+        with self._engine.connect().execution_options(
+                yield_per=_AT_ONCE) as connection:
+            return {row.name: {
+                key: image for key, image in _decode(row.images).items()
+                if key in image_ids} for row in connection.execute(
+                    sa.select(hosts.c.name, hosts.c.images).order_by(
+                        hosts.c.name))}
+
+    @_guarded
     def forget_host(self, name: str) -> bool:
         """Drop a host's report, until it sends another.
 
@@ -572,8 +599,9 @@ def _parsed(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _encode(images: list[dict[str, Any]]) -> bytes:
-    return _pack({one['id']: [one['state'], one['progress'], one['error'],
-                              one['serial']] for one in images})
+    return _pack({one['id']: [one[key] for key in (
+        'state', 'progress', 'error', 'serial', 'leases')]
+        for one in images})
 
 
 def _decode(blob: bytes) -> dict[str, HostImage]:

@@ -30,6 +30,8 @@ LOG = logging.getLogger(__name__)
 
 #: ``origin`` in the manifest's source of images that came from Glance.
 ORIGIN: Final = 'glance'
+#: Seconds between two moves of an image.
+_MOVES_APART: Final = 300.0
 MICROVM_PROPERTIES: Final = ('fastboot_microvm', 'fastboot_microvm_error')
 _PROPERTIES: Final = ('fastboot_state', 'fastboot_version',
                       'fastboot_boot_size', 'fastboot_size',
@@ -137,11 +139,16 @@ class Registry:
         self._herald.notify(event, {'image_id': image_id,
                                     'repository_version': version, **payload})
 
-    def failed(self, image: images.Image, words: str) -> None:
-        """The image cannot be built; nobody tries again unasked."""
+    def failed(self, image: images.Image, words: str,
+               passing: bool = False) -> None:
+        """The image cannot be built; nobody tries again unasked.
+
+        :param passing: but the audit, later.
+        """
         self.tell(image, {'fastboot_state': 'error',
                           'fastboot_error': words})
-        self.note(image, 'error', error=words)
+        self.note(image, 'error', error=words,
+                  stage=records.PASSING if passing else '')
         self._herald.notify('error', {
             'image_id': image.image_id, 'name': image.name, 'error': words})
 
@@ -231,11 +238,24 @@ class Registry:
         wanted = _moved(found, image)
         if wanted.domain == found.domain:
             return found
+        if self._is_restless(image.image_id):
+            LOG.info('image %s: it was registered anew less than %d s ago; '
+                     'the audit makes it %s later', image.image_id,
+                     _MOVES_APART, wanted.domain)
+            return found
         moved = self.repository.move(found, image.visibility, image.owner)
         LOG.info('image %s: now %s, was %s', image.image_id, wanted.domain,
                  found.domain)
         self.announce('moved', image.image_id)
         return moved
+
+
+    def _is_restless(self, image_id: str) -> bool:
+        """Whether it was deregistered just now. A move takes two numbers of
+        the journal, which has so many only (``journal.SERIAL_LIMIT``)."""
+        return any(gone.image.image_id == image_id
+                   and abs(gone.age) < _MOVES_APART for gone
+                   in self.repository.state().removed.values())
 
 
 def _moved(found: journal.Image, image: images.Image) -> journal.Image:

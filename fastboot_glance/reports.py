@@ -18,8 +18,12 @@ STATES: Final = (
     'error')
 #: Of a µVM.
 MICROVM_STATES: Final = ('absent', 'transferring', 'ready', 'error')
+#: Versions of a repository; the database has no larger ones.
+_VERSION_LIMIT: Final = 1 << 31
 #: Images in a report.
 IMAGES_LIMIT: Final = 20_000
+#: Of an image on a host.
+_LEASES_LIMIT: Final = 1 << 31
 #: Guests in a report.
 GUESTS_LIMIT: Final = 1000
 #: Platforms of a host: as many as there are ways to run guests, and some.
@@ -61,7 +65,7 @@ def check(report: Any) -> dict[str, Any]:
         return {
             'host': host,
             'at': _number(report, 'at', 1e12),
-            'version': _integer(report, 'version', journal.SERIAL_LIMIT),
+            'version': _integer(report, 'version', _VERSION_LIMIT),
             'software': _text(report, 'software', 64),
             'images': checked,
             'lazy_guests': _guests(report.get('lazy_guests')),
@@ -87,8 +91,8 @@ def _image(one: Any) -> dict[str, Any]:
         'id': image_id, 'state': state,
         'progress': _number({'progress': 0, **one}, 'progress', 1),
         'error': _text({'error': '', **one}, 'error', _ERROR_LIMIT),
-        'serial': None if one.get('serial') is None else
-        _integer(one, 'serial', journal.SERIAL_LIMIT),
+        'serial': _optional(one, 'serial', journal.SERIAL_LIMIT),
+        'leases': _optional(one, 'leases', _LEASES_LIMIT),
     }
 
 
@@ -152,6 +156,10 @@ def _integer(where: dict[str, Any], key: str, limit: int) -> int:
     if type(value) is not int or not 0 <= value < limit:
         raise exception.Invalid(f'"{key}" is no number below {limit}')
     return value
+
+
+def _optional(where: dict[str, Any], key: str, limit: int) -> int | None:
+    return None if where.get(key) is None else _integer(where, key, limit)
 
 
 def _number(where: dict[str, Any], key: str, limit: float) -> float:

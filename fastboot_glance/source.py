@@ -120,7 +120,8 @@ def open_source(path: pathlib.Path, workdir: pathlib.Path, *,
                 claimed_format: str | None = None, user: str = 'nobody',
                 hashes: Sequence[str] = (), timeout: float = 3600,
                 cancel: threading.Event | None = None,
-                largest: int = LARGEST) -> Iterator[Source]:
+                largest: int = LARGEST,
+                copy_limit: int | None = None) -> Iterator[Source]:
     """An uploaded image as raw bytes.
 
     :param path: the image; it is only read.
@@ -131,6 +132,7 @@ def open_source(path: pathlib.Path, workdir: pathlib.Path, *,
     :param timeout: seconds for the conversion.
     :param cancel: when set, the conversion is given up.
     :param largest: bytes that the disk may have, whoever said what it has.
+    :param copy_limit: bytes on disk that its raw copy may take; None: any.
     :raises ImageRejected: the image may not be used, or is damaged.
     :raises NoSpace: no room for the raw copy.
     :raises Busy: cancelled.
@@ -148,7 +150,8 @@ def open_source(path: pathlib.Path, workdir: pathlib.Path, *,
         return
     with tempfile.TemporaryDirectory(dir=workdir, prefix='source-') as name:
         room = pathlib.Path(name)
-        copy = _Copy(path, image_format, room, guest.Sandbox(user))
+        copy = _Copy(path, image_format, room, guest.Sandbox(user),
+                     copy_limit)
         with copy.serve():
             size = copy.examine(largest)
             copy.convert(size, timeout, cancel or threading.Event())
@@ -175,8 +178,10 @@ class _Copy:
     """
 
     def __init__(self, path: pathlib.Path, image_format: str,
-                 room: pathlib.Path, sandbox: guest.Sandbox) -> None:
+                 room: pathlib.Path, sandbox: guest.Sandbox,
+                 limit: int | None) -> None:
         self._path = path
+        self._limit = limit
         self._format = image_format
         self._room = room
         self._guest = room / 'guest'
@@ -191,8 +196,7 @@ class _Copy:
     @contextlib.contextmanager
     def serve(self) -> Iterator[None]:
         """Offer the image's file on the socket."""
-        with nbdkit.Tap(self._path, self._guest / _SOCKET,
-                        self._room / 'reads.log'):
+        with nbdkit.Tap(self._path, self._guest / _SOCKET):
             self._sandbox.own(self._guest)
             yield
 
@@ -234,7 +238,8 @@ class _Copy:
                 cancel: threading.Event) -> None:
         """Write the raw copy.
 
-        :raises ImageRejected: QEMU cannot read the image to its end.
+        :raises ImageRejected: QEMU cannot read the image to its end, or
+            what it holds is too much.
         :raises NoSpace: no room for it.
         :raises Busy: cancelled.
         :raises CommandFailed: it took too long.
@@ -252,6 +257,7 @@ class _Copy:
                 process.wait()
             words.seek(0)
             said = words.read(4096).decode(errors='replace')
+        self._check_limit()
         if 'No space left' in said:
             raise exception.NoSpace(f'{self._room}: no room for a raw copy')
         if process.returncode:
@@ -268,7 +274,16 @@ class _Copy:
                 raise exception.CommandFailed(
                     command, -9, f'not done in {timeout} seconds')
             # A small file may stand for a huge disk full of data.
+            self._check_limit()
             guest.check_room(self._room)
+
+    def _check_limit(self) -> None:
+        if self._limit is not None and guest.disk_usage(
+                self._guest) > self._limit:
+            raise self._rejected(
+                f'its data are more than {self._limit} bytes, which [builder] '
+                f'copy_limit, or a share of the disk of [builder] workdir, '
+                f'allows')
 
     def take(self, size: int) -> pathlib.Path:
         """Take the copy out of the sandbox's reach, and return its path."""

@@ -84,6 +84,11 @@ class Stage:
                             header=np.array(json.dumps(header)))
         files.write_atomically(self._capture, data.getvalue())
 
+    def drop_file(self) -> None:
+        """Remove the image, as far as it came, and leave what is small."""
+        for path in self._path.glob(f'{self.image.name}*'):
+            path.unlink(missing_ok=True)
+
     def discard(self) -> None:
         """Remove it all: nothing of it is needed any more."""
         shutil.rmtree(self._path, ignore_errors=True)
@@ -155,6 +160,13 @@ def sweep(workdir: pathlib.Path, wanted: set[str]) -> int:
                 shutil.rmtree(path, ignore_errors=True)
                 count += 1
     return count
+
+
+def drop_file(workdir: pathlib.Path, image_id: str) -> None:
+    """Remove the file of an image, if nobody has its directory."""
+    with contextlib.suppress(exception.Busy, exception.NoSpace), \
+            open_stage(workdir, image_id) as stage:
+        stage.drop_file()
 
 
 def remove(workdir: pathlib.Path, image_id: str) -> None:

@@ -7,12 +7,15 @@ from typing import Any, Final
 from oslo_config import cfg
 from oslo_upgradecheck import upgradecheck
 
+from fastboot_common.cli import base
 from fastboot_common.conf import jobboard as jobboard_options
 from fastboot_common.upgradecheck import result
-from fastboot_glance import jobs, records, tables
+from fastboot_glance import jobs, needs, records, tables
 
 _PLUGIN: Final = 'fastboot'
 _MODULE: Final = 'fastboot_glance.import_plugin'
+#: Images that a message names.
+_NAMED: Final = 5
 
 
 def database(conf: Any) -> upgradecheck.Result:
@@ -76,6 +79,28 @@ def import_plugin(conf: Any) -> upgradecheck.Result:
     return result.success(f'{_PLUGIN} is in image_import_plugins')
 
 
+def deregistered(conf: Any) -> upgradecheck.Result:
+    """Which images does garbage collection keep for servers of hosts?"""
+    if not conf.database.connection:
+        return result.skipped('[database] connection is not set, so hosts '
+                              'report elsewhere')
+    state = base.Environment(conf).open_repository().state()
+    retention = conf.repository.retention_days * 86400
+    old = [gone.image for gone in state.removed.values()
+           if gone.age >= retention]
+    kept = needs.find(records.Records(conf.database.connection), old)
+    if not kept:
+        return result.success('none is kept longer than [repository] '
+                              'retention_days')
+    words = [needs.describe(image, kept[image.serial])
+             for image in old if image.serial in kept]
+    return result.warning(
+        f'{"; ".join(words[:_NAMED])}{"; …" * (len(words) > _NAMED)}: have '
+        f'them completed there ([agent] hydrate, quota, min_free), and '
+        f'forget hosts that are gone ("fastboot-manage host forget")')
+
+
 CHECKS: Final[list[tuple[str, result.Check]]] = [
     ('Database', database), ('Jobboard', jobboard),
-    ('Import plugin in Glance', import_plugin)]
+    ('Import plugin in Glance', import_plugin),
+    ('Deregistered images', deregistered)]

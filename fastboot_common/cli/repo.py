@@ -2,6 +2,8 @@
 """``fastbootctl repo init|check|stats|gc|checkpoint``."""
 
 import argparse
+import functools
+import importlib
 import pathlib
 from typing import Any
 
@@ -105,12 +107,32 @@ class Gc(base.ShowOne):
             found,
             (group.retention_days if days is None else days) * 86400,
             (group.grace_hours if hours is None else hours) * 3600,
-            parsed_args.dry_run)
+            parsed_args.dry_run, _needed(self.env.conf))
         return self.dict2columns({
             'dry_run': parsed_args.dry_run, 'images': done.images,
-            'packs': done.packs, 'files': done.files, 'bytes': done.bytes,
+            'kept': done.kept, 'packs': done.packs, 'files': done.files,
+            'bytes': done.bytes,
             'repacked': moved.retired, 'repacked_from': moved.before,
             'repacked_to': moved.after})
+
+
+def _needed(conf: Any) -> upkeep.Needed:
+    """What hosts say that they need, where they report.
+
+    :raises ConfigError: there is a database, and what reads it is missing.
+    """
+    if not conf.database.connection:
+        return upkeep.by_nobody
+    try:
+        # By name, because common imports neither of the others.
+        needs, records = (importlib.import_module(f'fastboot_glance.{name}')
+                          for name in ('needs', 'records'))
+    except ImportError as error:
+        raise exception.ConfigError(
+            f'[database] connection is set, and cannot be used to see what '
+            f'hosts need: {error}') from error
+    return functools.partial(
+        needs.keep, records.Records(conf.database.connection))
 
 
 class Checkpoint(base.Command):

@@ -11,6 +11,13 @@ OPTS = [
              'each worker up to twice an image\'s virtual size. Default: '
              '"work" in state_dir. Builders on one machine may share it.'),
     cfg.IntOpt(
+        'copy_limit', default=0, min=0,
+        help='GiB on disk that the raw copy of an image may take: zeros take '
+             'nothing. An image with more is refused; a small file can hold '
+             'terabytes, and no other image would be built meanwhile. 0: '
+             'the size of the file system of "workdir", divided by the '
+             'workers here, of builds and of bakes, and one.'),
+    cfg.IntOpt(
         'workers', default=1, min=1, max=64,
         help='Images that this builder builds at a time. Each needs the '
              'memory and processors that [capture] names.'),
@@ -18,7 +25,13 @@ OPTS = [
         'attempts', default=3, min=1,
         help='How often a build is tried before the image is in error. '
              'Builders that died count; what can never succeed is tried '
-             'once.'),
+             'once. Where a disk is full it is put off, and does not '
+             'count.'),
+    cfg.FloatOpt(
+        'error_hours', default=6.0, min=0,
+        help='Hours after which the audit has an image in error tried again, '
+             'if it was not the image\'s fault: Glance, its store or the '
+             'repository failed. 0: never.'),
     cfg.IntOpt(
         'retry_wait', default=30, min=0,
         help='Seconds between the first two attempts. It doubles with each '

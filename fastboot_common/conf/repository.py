@@ -35,8 +35,11 @@ OPTS = [
         help='Threads that hash and compress. 0: one a CPU.'),
     cfg.FloatOpt(
         'retention_days', default=7.0, min=0,
-        help='Days that packs of a deregistered image are kept, for hosts '
-             'that still have guests of it.'),
+        help='Days that packs of a deregistered image are kept at least, '
+             'for hosts that still have guests of it. They are kept longer '
+             'while a host\'s report says that its guests need them; for '
+             'hosts that do not report ([agent] messaging) nothing else '
+             'keeps them.'),
     cfg.IntOpt(
         'repack_below', default=50, min=0, max=100,
         help='Percent of a pack\'s blocks that images need below which gc '

@@ -6,7 +6,7 @@ from typing import Any, Final
 
 from oslo_upgradecheck import upgradecheck
 
-from fastboot_common import exception
+from fastboot_common import exception, journal
 from fastboot_common.cli import base
 from fastboot_common.upgradecheck import result
 
@@ -14,16 +14,20 @@ _BUS_SECONDS: Final = 30
 
 
 def repository(conf: Any) -> upgradecheck.Result:
-    """Can the repository be read?"""
+    """Can the repository be read, and has it numbers for new images?"""
     environment = base.Environment(conf)
     try:
         state = environment.open_repository().state()
     except PermissionError as error:
         return result.failure(f'{error}; run this as the user of the '
                               f'service, or let that user read it')
-    return result.success(
-        f'{environment.location()} has version {state.version} with '
-        f'{len(state.images)} images')
+    words = (f'{environment.location()} has version {state.version} with '
+             f'{len(state.images)} images')
+    if state.version < journal.SERIAL_WARNING:
+        return result.success(words)
+    answer = result.warning if journal.serials_left(
+        state.version) else result.failure
+    return answer(f'{words}; {journal.describe_serials(state.version)}')
 
 
 def bus(conf: Any) -> upgradecheck.Result:

@@ -55,6 +55,7 @@ class Work:
     :ivar cancel: when set, the bake is given up.
     :ivar platform: that it is baked for.
     :ivar options: the group ``[bakery]``.
+    :ivar copy_limit: bytes that the image's raw copy may take; None: any.
     :ivar gives_way: whether something else waits for the image meanwhile,
         and the bake is to be given up; None: nothing ever does.
     """
@@ -70,6 +71,7 @@ class Work:
     platform: key.Platform
     options: Any
     report: build.Report
+    copy_limit: int | None = None
     gives_way: Callable[[], bool] | None = None
 
     def bake(self) -> dict[str, Any]:
@@ -154,7 +156,7 @@ class Work:
                     self.stage.image, self.stage.work,
                     claimed_format=self.image.disk_format or None,
                     user=self.options.user, hashes=('sha512',),
-                    cancel=cancel, largest=source.LARGEST) as found:
+                    cancel=cancel, copy_limit=self.copy_limit) as found:
                 self._check(found)
                 done = bakery.bake(
                     found.raw_path, found.virtual_size, self._baked,

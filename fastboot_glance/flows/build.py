@@ -87,6 +87,7 @@ class Work:
     :ivar force: make a new trace even if the image is registered.
     :ivar options: the group ``[capture]``.
     :ivar largest: bytes that the image's disk may have.
+    :ivar copy_limit: bytes that its raw copy may take.
     """
 
     image: images.Image
@@ -98,6 +99,7 @@ class Work:
     publisher: publish.Publisher
     options: Any
     largest: int
+    copy_limit: int
     report: Report
 
     @property
@@ -107,7 +109,7 @@ class Work:
         return build.Request(
             self.stage.image, image.image_id, image.name, image.visibility,
             image.owner, image.disk_format or None, origin=registry.ORIGIN,
-            largest=self.largest)
+            largest=self.largest, copy_limit=self.copy_limit)
 
     def fetch(self) -> None:
         """Have the image's file here."""

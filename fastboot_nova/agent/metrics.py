@@ -6,6 +6,7 @@ from typing import Any, Final
 
 import prometheus_client
 
+from fastboot_common import journal
 from fastboot_common.microvm import activation
 
 #: Phases of a resume, and who asks for one may have more; the last three are
@@ -73,6 +74,9 @@ class Metrics:
                 ('free_bytes', 'Free space of the file system'),
                 ('version', 'Version of the repository on this host'))}
         self._leases = self._gauge('leases', 'Leases of images')
+        self._serials = self._gauge(
+            'serials_left', 'Entries that the journal of the repository can '
+            'still have before no image can be registered')
 
     def _counter(self, name: str, text: str, *labels: str,
                  ) -> prometheus_client.Counter:
@@ -100,6 +104,7 @@ class Metrics:
         for name, gauge in self._gauges.items():
             gauge.set(report[name])
         self._leases.set(leases)
+        self._serials.set(journal.serials_left(report['version']))
         self.images.clear()
         for image in report['images']:
             self.images.labels(image['state']).inc()

@@ -3,6 +3,7 @@
 
 import contextlib
 import importlib.metadata
+import math
 import time
 from collections.abc import Callable
 from typing import Any, Final
@@ -29,6 +30,11 @@ def software() -> str:
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         return importlib.metadata.version('fastboot')
     return 'unknown'
+
+
+def _rounded(share: float) -> float:
+    """Four digits, and 1 only of all: the centre keeps what lacks."""
+    return math.floor(share * 10_000) / 10_000
 
 
 class Reporter:
@@ -70,7 +76,7 @@ class Reporter:
             name = status.image_id
             row = {'id': name, 'name': status.name, 'serial': status.serial,
                    'domain': status.domain, 'state': status.state,
-                   'progress': round(status.progress, 4),
+                   'progress': _rounded(status.progress),
                    'leases': status.leases, 'pinned': status.pinned,
                    'error': ''}
             if name not in registered:
@@ -108,7 +114,7 @@ class Reporter:
             'host': self._name, 'at': time.time(), 'software': software(),
             'version': self._sync.version,
             'images': [{key: image[key] for key in (
-                'id', 'state', 'progress', 'error', 'serial')}
+                'id', 'state', 'progress', 'error', 'serial', 'leases')}
                 for image in images],
             'volume_bytes': volumes, 'mirror_bytes': mirror,
             'free_bytes': self._room.free(),

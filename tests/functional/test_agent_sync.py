@@ -13,6 +13,7 @@ from images import CountingStore, World, disk, fast_directory, verify
 
 from fastboot_common import exception, journal
 from fastboot_common.store import throttle
+from fastboot_nova import host
 from fastboot_nova.agent import (
     hydrate,
     memory,
@@ -469,6 +470,8 @@ def test_the_report(world, parts):
     assert one.reporter.worker.join(time.monotonic() + 20)
     [sent] = one.sent[:1]
     assert sent['host'] == 'host-1' and sent['version'] == 3
+    assert one.told.registry.get_sample_value(
+        'fastboot_serials_left') == journal.SERIAL_LIMIT - 4
     assert sent['volume_bytes'] > 0 < sent['mirror_bytes']
     assert sent['free_bytes'] > 0
     rows = {row['id']: row for row in sent['images']}
@@ -476,7 +479,26 @@ def test_the_report(world, parts):
     assert 0 < rows['image-0']['progress'] < 1
     assert rows['image-1'] == {
         'id': 'image-1', 'state': 'ready', 'progress': 0.0, 'error': '',
-        'serial': 2}
+        'serial': 2, 'leases': 0}
+    assert rows['image-0']['leases'] == 1
+
+
+def test_what_the_centre_keeps(world, parts, monkeypatch):
+    one = parts()
+    one.sync.worker.start()
+    one.await_states(**ALL)
+    one.host.acquire('image-0', 'guest')
+    world.repository.remove('image-0')
+    one.sync.announce(4)
+    one.await_states(image_0='stale')
+    assert 0 < one.row('image-0')['progress'] < 1
+    # Nearly all is not all.
+    monkeypatch.setattr(host, '_presence',
+                        lambda *_: ('thawed', 1 - 1e-6))
+    assert one.row('image-0')['progress'] == .9999
+    monkeypatch.undo()
+    assert one.host.hydrate('image-0')
+    assert one.row('image-0')['progress'] == 1
 
 
 def locked_pages():

@@ -95,6 +95,13 @@ def test_reports(store):
              'error': f'{number} {"x" * 400}'} for number in range(20_000)]
     assert store.note_host(report(images=many))
     assert len(store.hosts()[0].images) == 20_000
+    for number in range(60):
+        store.note_host(report(f'many{number}', images=[
+            {'id': 'a', 'state': 'thawed', 'leases': number}]))
+    found = store.host_images({'a', many[7]['id']})
+    assert found.pop('h1').keys() == {many[7]['id']}
+    assert {host: images['a'].leases for host, images in found.items()} == {
+        f'many{number}': number for number in range(60)}
 
 
 def test_many_writers(store, server):

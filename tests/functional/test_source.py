@@ -312,6 +312,33 @@ def test_qcow2_bomb(tmp_path, work, monkeypatch):
     assert 0 < most < 4 << 30
 
 
+def test_qcow2_bomb_where_there_is_room(tmp_path, work, monkeypatch):
+    """One image may take its share of a disk, and not all of it."""
+    check, told = source._Copy._check_limit, []
+
+    def spy(copy):
+        told.append(guest.disk_usage(copy._guest))
+        check(copy)
+
+    monkeypatch.setattr(source._Copy, '_check_limit', spy)
+    image = bomb(tmp_path / 'image')
+    with pytest.raises(exception.ImageRejected, match='copy_limit'):
+        with source.open_source(image, work, copy_limit=64 << 20):
+            pass
+    assert 64 << 20 < told[-1] < 4 << 30
+
+
+def test_copy_that_is_done_at_once(tmp_path, content, work, monkeypatch):
+    monkeypatch.setattr(source._Copy, '_wait',
+                        lambda self, process, *_: process.wait())
+    image = make(tmp_path, content, 'qcow2')
+    with pytest.raises(exception.ImageRejected, match='copy_limit'):
+        with source.open_source(image, work, copy_limit=4096):
+            pass
+    with source.open_source(image, work, copy_limit=SIZE):
+        pass
+
+
 def test_qcow2_small_bomb_is_an_image(tmp_path, work):
     """The one above is stopped for what it takes, not for its shape."""
     image = bomb(tmp_path / 'image', 2)
@@ -514,6 +541,12 @@ def test_copy_replaced_by_a_link_is_not_taken(tmp_path, content, work,
     mode = content.stat().st_mode
     refuse(image, work, 'something else')
     assert content.stat().st_mode == mode
+
+
+def test_no_reads_are_noted(tmp_path, content, work):
+    image = make(tmp_path, content, 'qcow2')
+    with source.open_source(image, work):
+        assert not list(work.glob('**/*.log'))
 
 
 def test_error_inside_the_context_leaves_nothing(tmp_path, content, work):

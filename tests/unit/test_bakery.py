@@ -15,7 +15,7 @@ from oslo_config import cfg
 from fastboot_common import exception
 from fastboot_common.conf import opts
 from fastboot_common.microvm import template
-from fastboot_glance import bakery
+from fastboot_glance import bakery, guest
 
 BACKING = 'nbd+unix:///?socket=/room/nbd.sock'
 SIZE = 1 << 30
@@ -39,6 +39,45 @@ def one(tmp_path):
 
 def test_the_options_are_the_templates_defaults():
     assert bakery.config(options()) == template.Config()
+
+
+def test_what_is_written_counts_wherever_it_is(tmp_path):
+    deep = tmp_path / 'room' / 'run' / 'libvirt'
+    deep.mkdir(parents=True)
+    (deep / 'one').write_bytes(b'x' * 100_000)
+    (deep / 'link').symlink_to(tmp_path / 'two')
+    (tmp_path / 'two').write_bytes(b'x' * 1_000_000)
+    assert 100_000 <= guest.disk_usage(tmp_path / 'room') < 200_000
+    assert guest.disk_usage(tmp_path / 'nothing') == 0
+
+
+class TestLimits:
+    """What a bake may write."""
+
+    @pytest.fixture(autouse=True)
+    def _limit(self, monkeypatch, tmp_path):
+        monkeypatch.setattr(bakery, '_WRITTEN', 100_000)
+        self.room = tmp_path / 'bake' / 'guest'
+        self.room.mkdir(parents=True)
+
+    @pytest.mark.parametrize('name', [
+        'guest/root.qcow2', 'guest/below/log', 'oven.log'])
+    def test_every_file_counts(self, one, name):
+        path = self.room.parent / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b'x' * 200_000)
+        read, write = os.pipe()
+        os.close(write)
+        try:
+            with pytest.raises(bakery._Refused, match='wrote more'):
+                one._follow(read, self.room)
+        finally:
+            os.close(read)
+
+    def test_reads_are_not_noted(self, one, monkeypatch, tmp_path):
+        (tmp_path / 'raw').write_bytes(bytes(65536))
+        with one._served() as room:
+            assert {path.name for path in room.parent.iterdir()} == {'guest'}
 
 
 class TestWords:

@@ -12,7 +12,7 @@ from microvms import a_key, make
 from oslo_config import cfg
 from test_eligibility import IMAGE
 
-from fastboot_common import exception, publish, upkeep
+from fastboot_common import exception, journal, publish, upkeep
 from fastboot_common.cli import base
 from fastboot_common.conf import opts
 from fastboot_common.microvm import shelf
@@ -256,6 +256,28 @@ def test_who_may_see_it(world):
     moved = world.shelved.of(ID)[0].entry
     assert (moved.domain, moved.manifest) == ('project-p', first.manifest)
     assert not list(upkeep.check(world.shelved.repository(), deep=True))
+
+
+def test_moves_of_an_image_are_apart(world, monkeypatch):
+    """Its owner may change his mind as often as he likes."""
+    world.bake()
+
+    def settle(visibility):
+        image = dataclasses.replace(
+            world.image, visibility=visibility, owner='p')
+        world.registry.settle(image, world.found)
+        world.bakes.look(image, world.found)
+        return world.found.visibility, world.shelved.of(ID)[0].entry.domain
+
+    private = 'private', 'project-p'
+    assert settle('private') == private
+    version = world.repository.state().version
+    for visibility in ('public', 'private') * 3 + ('public',):
+        assert settle(visibility) == private
+    assert world.repository.state().version == version
+    # The audit comes later.
+    monkeypatch.setattr(journal.Removed, 'age', 301.0)
+    assert settle('public') == ('public', 'public')
 
 
 def test_wishes_change(world):

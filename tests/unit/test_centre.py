@@ -14,7 +14,7 @@ from fastboot_glance import centre, records, reports
 GOOD = {
     'host': 'h1.example', 'version': 3, 'at': 1e9, 'software': '1.0',
     'images': [{'id': 'a', 'state': 'transferring', 'progress': .5,
-                'error': '', 'serial': 3}],
+                'error': '', 'serial': 3, 'leases': 1}],
     'volume_bytes': 1, 'mirror_bytes': 2, 'free_bytes': 3,
     'lazy_guests': ['11111111-2222-3333-4444-555555555555'],
     'platforms': ['x86_64/qemu/2/3/7.2.22 (Debian 1:7.2+dfsg-7+deb12u18)'],
@@ -42,6 +42,15 @@ def test_good_report_is_kept_as_it_is():
     assert reports.check(GOOD) == GOOD
 
 
+def test_versions_behind_the_last_serial(store):
+    report = change(version=1 << 20, at=time.time(), host='ahead')
+    centre.Endpoint(store).report({}, report)
+    assert store.host('ahead').version == 1 << 20
+    store.forget_host('ahead')
+    with pytest.raises(exception.Invalid, match='serial'):
+        reports.check(image(serial=1 << 20))
+
+
 @pytest.mark.parametrize('name', NEWER)
 def test_older_agents_say_less(name):
     old = {key: value for key, value in GOOD.items() if key != name}
@@ -65,14 +74,14 @@ def test_what_an_image_need_not_have():
         {'id': 'a', 'state': 'absent', 'error': None, 'serial': None}]))
     assert found['images'] == [{'id': 'a', 'state': 'absent',
                                 'progress': 0.0, 'error': '',
-                                'serial': None}]
+                                'serial': None, 'leases': None}]
 
 
 @pytest.mark.parametrize('report', [
     None, [], 'x', {}, change(host=None), change(host='../x'),
     change(host='x' * 256), change(host=''), change(host='a b'),
     change(host='a\n'), change(version=-1), change(version=True),
-    change(version=1 << 20), change(version='3'), change(version=3.0),
+    change(version=1 << 31), change(version='3'), change(version=3.0),
     change(at=float('nan')), change(at=float('inf')), change(at=-1),
     change(at=None), change(at=10 ** 400), change(software=1),
     change(images={}), change(images=[None]), change(images=['a']),
@@ -98,7 +107,8 @@ def test_what_an_image_need_not_have():
     image(id='../x'), image(id=1), image(id=['a']), image(state='flying'),
     image(state=None), image(state=['ready']), image(progress=1.1),
     image(progress=float('nan')), image(progress='1'), image(error=5),
-    image(serial='3'), image(serial=-1), image(serial=True)])
+    image(serial='3'), image(serial=-1), image(serial=True),
+    image(leases=-1), image(leases='1'), image(leases=1 << 31)])
 def test_reports_without_sense(report):
     with pytest.raises(exception.Invalid) as caught:
         reports.check(report)

@@ -412,6 +412,26 @@ def test_collecting_keeps_the_newest_checkpoint(tmp_path, repo):
     assert fresh(repo).state() == repo.state()
 
 
+def test_numbers_that_are_used_up(tmp_path, repo, monkeypatch):
+    monkeypatch.setattr(journal, 'SERIAL_LIMIT', 4)
+    for number in range(3):
+        put(repo, tmp_path / 'work', f'image-{number}', disk(BLOCK, number))
+    with pytest.raises(exception.NoSpace, match='up to entry 3'):
+        put(repo, tmp_path / 'work', 'more', disk(BLOCK, 9))
+    assert repo.state().version == 3
+    # All else goes on.
+    with pytest.raises(exception.NoSpace, match='has 4 entries'):
+        repo.move(repo.image('image-0'), 'private', 'p')
+    repo.remove('image-1')
+    assert upkeep.collect(repo, 0, 0).images == 2
+    state = repo.checkpoint()
+    assert (state.version, list(state.images)) == (7, ['image-2'])
+    assert fresh(repo).state() == state
+    assert not list(upkeep.check(repo, deep=True))
+    assert [journal.serials_left(version) for version in (0, 2, 3, 9)] == [
+        3, 1, 0, 0]
+
+
 def test_removing(tmp_path, repo):
     data = disk(9 * BLOCK, 1)
     first = put(repo, tmp_path / 'work', 'one', data).image

@@ -12,7 +12,7 @@ from disks import make_repository
 from oslo_config import cfg
 from oslo_upgradecheck.upgradecheck import Code
 
-from fastboot_common import exception
+from fastboot_common import exception, journal
 from fastboot_common.conf import agent, database, jobboard, opts
 from fastboot_common.upgradecheck import common, result, status
 from fastboot_glance import records
@@ -77,6 +77,18 @@ def test_repository(machine, tmp_path):
     code, words = machine(common.repository)
     assert code == Code.SUCCESS
     assert 'version 0 with 0 images' in words
+
+
+@pytest.mark.parametrize('limit, expected', [
+    (3, Code.SUCCESS), (2, Code.WARNING), (1, Code.FAILURE)])
+def test_numbers_of_the_repository(machine, tmp_path, monkeypatch, limit,
+                                   expected):
+    make_repository(tmp_path / 'repository').checkpoint()
+    monkeypatch.setattr(journal, 'SERIAL_WARNING', limit - 1)
+    monkeypatch.setattr(journal, 'SERIAL_LIMIT', limit + (limit > 1))
+    code, words = machine(common.repository)
+    assert code == expected
+    assert ('new repository' in words) == (expected != Code.SUCCESS)
 
 
 def test_bus_that_nobody_set(machine):
@@ -316,7 +328,7 @@ def test_all_of_it(tmp_path, capsys, monkeypatch):
     assert code == Code.FAILURE
     assert [row['check'] for row in found if row['result'] == 2] == [
         'Repository']
-    assert len(found) == 9
+    assert len(found) == 10
     assert all(row['details'] for row in found)
 
 
