@@ -434,7 +434,13 @@ def _watched(guest: Any, instance: Any) -> Iterator[None]:
 
     @functools.wraps(ask)
     def get_job_info() -> Any:
-        info = ask()
+        try:
+            info = ask()
+        except libvirt.libvirtError:
+            # It ends just now.
+            if unless is None:
+                raise
+            info = libvirt_guest.JobInfo(type=unless)
         if unless is not None and info.type in ended:
             info.type = unless
         return info

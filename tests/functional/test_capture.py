@@ -326,7 +326,7 @@ def test_sandbox_files(tmp_path):
     'head -c 2000000 /dev/zero > big',
     'head -c 2000000000 /dev/zero | tail -c 2000000000 > /dev/null',
     'kill -0 1 && kill -0 ' + str(os.getpid()),
-])
+], ids=['file', 'memory', 'others'])
 def test_sandbox_limits(tmp_path, script):
     with pytest.raises(exception.CommandFailed):
         sandboxed(tmp_path, script)

@@ -369,7 +369,7 @@ def read_all(request, tmp_path):
     [cut_after(SIZE // 2), whole],
     [lambda handler: honest(handler, Connection='close')],
     [lambda handler: honest(handler, Content_Encoding='identity')],
-], ids=str)
+])
 def test_it_recovers(hostile, read_all, script):
     assert read_all(impatient(hostile(*script))) == CONTENT
 
@@ -401,7 +401,7 @@ def test_a_server_that_gives_less_than_asked(hostile, tmp_path, way):
     hang_up, babble, long_headers, cut_after(0), cut_after(1000),
     status(500), status(429), status(503),
     lambda handler: whole(handler, cut=500),
-], ids=str)
+])
 def test_it_gives_up(hostile, read_all, act):
     server = hostile(act)
     with pytest.raises(exception.Unavailable, match=PACK) as raised:
@@ -410,7 +410,7 @@ def test_it_gives_up(hostile, read_all, act):
     assert len(server.seen) == 3
 
 
-@pytest.mark.parametrize('act', [silence, drip], ids=str)
+@pytest.mark.parametrize('act', [silence, drip])
 def test_it_does_not_wait_for_ever(hostile, read_all, act):
     server = hostile(act)
     with pytest.raises(exception.Unavailable, match=PACK):
@@ -547,7 +547,7 @@ def test_a_416_without_reason(hostile, tmp_path):
         subject.size(PACK)
 
 
-@pytest.mark.parametrize('act', [chunked, unframed], ids=str)
+@pytest.mark.parametrize('act', [chunked, unframed])
 def test_a_body_of_unknown_length(hostile, tmp_path, act):
     server = hostile(act)
     subject = impatient(server)
@@ -743,7 +743,7 @@ def test_secrets_of_a_session_stay_too(hostile, monkeypatch):
     hang_up, status(403), status(404), status(500), cut_after(5),
     redirect('http://127.0.0.1:1/x?s@cret'), redirect('/loop?s@cret'),
     redirect('http://127.0.0.1:99999/x?s@cret'),
-    redirect('ftp://s@cret')], ids=str)
+    redirect('ftp://s@cret')])
 def test_no_secret_is_told(hostile, read_all, caplog, act):
     caplog.set_level(logging.INFO)
     subject = HttpStore(with_secret(hostile(act)), retries=1, backoff=.01)

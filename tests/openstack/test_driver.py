@@ -128,6 +128,25 @@ def test_a_guest_that_ended_has_not_moved(monkeypatch, said, during, failed,
     assert one.get_job_info().type == kinds[failed]
 
 
+def test_a_guest_that_ends_while_it_is_asked(monkeypatch):
+    libvirt = pytest.importorskip('libvirt')
+    monkeypatch.setattr(stock, 'libvirt', libvirt)
+
+    def end():
+        raise libvirt.libvirtError('connection reset by peer')
+
+    one = types.SimpleNamespace(get_job_info=end)
+    with driver._watched(one, None):
+        assert one.get_job_info().type == libvirt.VIR_DOMAIN_JOB_NONE
+        raise libvirt.libvirtError('guest reboots')
+    assert one.get_job_info().type == libvirt.VIR_DOMAIN_JOB_FAILED
+    one = types.SimpleNamespace(get_job_info=end)
+    with driver._watched(one, None):
+        pass
+    with pytest.raises(libvirt.libvirtError):
+        one.get_job_info()
+
+
 @pytest.fixture
 def made(monkeypatch):
     """The driver, and a server of it; Nova's own methods note calls."""
