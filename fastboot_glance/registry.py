@@ -249,7 +249,6 @@ class Registry:
         self.announce('moved', image.image_id)
         return moved
 
-
     def _is_restless(self, image_id: str) -> bool:
         """Whether it was deregistered just now. A move takes two numbers of
         the journal, which has so many only (``journal.SERIAL_LIMIT``)."""

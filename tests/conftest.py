@@ -2,6 +2,8 @@
 """For all tests: a gate must not depend on chance, a developer's run may."""
 
 import os
+import shutil
+import tempfile
 
 import pytest
 from hypothesis import settings
@@ -18,3 +20,19 @@ def _same_umask():
     os.umask(before)
     yield
     os.umask(before)
+
+
+def pytest_configure(config):
+    """Names of sockets have 107 bytes, and the directories of pytest-xdist's
+    workers take too many of them."""
+    if config.option.basetemp is None and getattr(
+            config.option, 'numprocesses', None):
+        config.option.basetemp = tempfile.mkdtemp(prefix='fb')
+
+
+def pytest_sessionfinish(session, exitstatus):
+    """What failed can be looked at; the rest goes."""
+    option = session.config.option
+    if not hasattr(session.config, 'workerinput') and getattr(
+            option, 'numprocesses', None) and exitstatus == 0:
+        shutil.rmtree(option.basetemp, ignore_errors=True)

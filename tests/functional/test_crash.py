@@ -8,6 +8,7 @@ right, and the operation succeeds when it is repeated.
 """
 
 import contextlib
+import dataclasses
 import os
 import pathlib
 import random
@@ -471,11 +472,15 @@ def test_microvms_that_move_and_go(tmp_path, what):
     import test_bakes
     made = test_bakes.World(tmp_path / 'world')
     made.bake()
+    private = {'visibility': 'private', 'owner': 'p'}
+    if what == 'move':
+        made.registry.settle(dataclasses.replace(made.image, **private),
+                             made.found)
 
     def operation(path):
         found = test_bakes.World(path, add=False)
         if what == 'move':
-            found.look(visibility='private', owner='p')
+            found.look(**private)
         elif what == 'remove':
             found.registry.gone(test_bakes.ID)
         else:
