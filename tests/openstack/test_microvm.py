@@ -199,13 +199,14 @@ def test_a_reboot_while_it_migrates(user, start):
     old, rate = one.host, user.layout.options.link_rate or 'off'
     user.sandbox('link-rate', '20mbit')
     try:
-        one.shell('(sleep 20; echo b >/proc/sysrq-trigger) '
+        # libvirt takes no more orders for it then, as to press keys.
+        one.shell('(sleep 40; echo b >/proc/sysrq-trigger) '
                   '</dev/null >/dev/null 2>&1 &')
         one.compute.live_migrate_server(one.id, host=one.other,
                                         block_migration='auto')
         name = one.server.instance_name
         user.wait(lambda: 'Unbounded' in virsh(user, old, 'domjobinfo', name),
-                  60, 'the migration to begin')
+                  30, 'the migration to begin')
         one.wait('ACTIVE', 300)
     finally:
         user.sandbox('link-rate', rate)
