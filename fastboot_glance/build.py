@@ -169,12 +169,13 @@ def _capture(request: Request, image: source.Source, workdir: pathlib.Path,
 
 def _draft(request: Request, image: source.Source,
            captured: capture.Capture, block_size: int) -> manifest.Manifest:
+    boot = trace.boot_set(captured.trace, block_size, image.virtual_size)
     return manifest.Manifest(
         image_id=request.image_id, name=request.name,
         virtual_size=image.virtual_size, block_size=block_size, root='',
         packs=[], extents=np.empty(0, extents.DTYPE),
-        boot=trace.boot_set(captured.trace, block_size, image.virtual_size),
-        trace=captured.trace, os_hash=image.os_hash,
+        boot=boot[:manifest.BOOT_LIMIT], trace=captured.trace,
+        os_hash=image.os_hash,
         source={'format': image.format, 'size': image.size} | (
             {'origin': request.origin} if request.origin else {}),
         capture=captured.header())

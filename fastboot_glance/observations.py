@@ -97,7 +97,8 @@ def _room(old: manifest.Manifest) -> int:
     """Blocks that a boot set may grow by."""
     size = len(old.boot) * old.block_size
     limit = max(int(size * _SHARE), _GROWTH) if size else _FIRST
-    return limit // old.block_size
+    return min(limit // old.block_size,
+               manifest.BOOT_LIMIT - len(old.boot))
 
 
 def _first_reads(seen: list[traces.Trace], wanted: blocks.Blocks,

@@ -120,6 +120,8 @@ def call_agent(data):
         ours.sendall(data)
         ours.shutdown(socket.SHUT_WR)
         listening().finish_request(theirs, '')
+        # Nothing else of the listener knows of it.
+        listening().work(theirs)
         theirs.close()
         said = b''.join(iter(lambda: ours.recv(65536), b''))
     for status, body in answers(said):

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The fuzzer's seeds and the inputs that it found, once more; no fuzzer."""
 
+import gc
+import logging
 import pathlib
 import sys
 
@@ -11,6 +13,14 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / 'fuzz'))
 
 import kit  # noqa: E402
 import targets  # noqa: E402
+
+
+@pytest.fixture
+def no_log():
+    """Pytest keeps it all."""
+    logging.disable()
+    yield
+    logging.disable(logging.NOTSET)
 
 
 @pytest.mark.parametrize('target', targets.every(),
@@ -25,6 +35,22 @@ def test_inputs(target):
                 target(data)
             except Exception as error:
                 pytest.fail(f'{target.name}, {name}: {error!r}')
+
+
+@pytest.mark.parametrize('target', targets.every(),
+                         ids=lambda target: target.name)
+def test_nothing_stays_in_memory(target, no_log):
+    """Under the fuzzer it cannot be seen: its instruments keep objects."""
+    inputs = [data for _, data in target.inputs()]
+
+    def kept():
+        for data in inputs:
+            target(data)
+        gc.collect()
+        return sys.getallocatedblocks()
+    # Python's own free lists grow, too, but not every time; one is the first
+    # number itself.
+    assert any(kept() + 1 >= kept() for _ in range(30))
 
 
 def test_the_corpus_is_of_targets_and_small():

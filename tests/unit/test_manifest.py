@@ -179,6 +179,18 @@ def test_boot_sets_that_expand_to_terabytes():
         unpack(rewritten(change, body + empty))
 
 
+def test_the_largest_boot_set():
+    made = example()
+    made.virtual_size = 1 << 40
+    made.boot = np.arange(manifest.BOOT_LIMIT)
+    with bounded():
+        packed = made.pack()
+        assert len(unpack(packed).boot) == manifest.BOOT_LIMIT
+    made.boot = np.arange(manifest.BOOT_LIMIT + 1)
+    with bounded(), pytest.raises(exception.Corrupt, match='boot set'):
+        unpack(made.pack())
+
+
 def test_unknown_version():
     data = example().pack()
     with pytest.raises(exception.UnknownVersion):

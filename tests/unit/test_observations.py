@@ -14,7 +14,7 @@ from disks import BLOCK, data_blocks, disk, make_repository, put, read_back
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastboot_common import exception, observation, trace
+from fastboot_common import exception, manifest, observation, trace
 from fastboot_glance import centre, images, observations, records, registry
 
 SIZE = 600 * BLOCK
@@ -344,6 +344,13 @@ def test_growth_is_bounded(own, monkeypatch):
     own.observe(range(600), 'h1')
     own.observe(range(600), 'h2')
     assert len(own.look().boot) > 360
+
+
+def test_growth_ends_where_a_manifest_could_not_be_read(own, monkeypatch):
+    monkeypatch.setattr(manifest, 'BOOT_LIMIT', 350)
+    own.publish(WITH_DATA[:50], state='booted', reason=None)
+    own.observe(range(600))
+    assert len(own.look(hosts=1).boot) == 350
 
 
 def test_a_quarter_may_be_more(own, monkeypatch):
