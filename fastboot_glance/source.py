@@ -84,7 +84,11 @@ def inspect(path: pathlib.Path, claimed_format: str | None = None) -> str:
         # Partition tables are for the guest to judge: QEMU reads none.
         if found != 'gpt':
             _check_safety(inspector, path.name)
-    except format_inspector.ImageFormatError as error:
+    except (exception.FastbootError, OSError, MemoryError):
+        raise
+    except Exception as error:
+        # Beside its own errors, hostile headers bring out others:
+        # AttributeError of a cut VMDK in oslo.utils 10.2.
         raise exception.ImageRejected(f'{path.name}: {error}') from error
     return _FORMATS[found]
 
