@@ -28,6 +28,8 @@ from fastboot_common import exception, journal
 #: Before what is signed, so that no other signature of the key fits.
 _PURPOSE: Final = b'fastboot-journal\n'
 _KEY_LIMIT: Final = 64 << 10
+_CURE: Final = ('where this is the repository as you know it, "fastbootctl '
+                'repo checkpoint --vouch" signs it')
 #: What cryptography says of what is no key that it knows.
 _NO_KEY: Final = (ValueError, TypeError, UnsupportedAlgorithm, InternalError)
 
@@ -52,7 +54,8 @@ class Signer:
         if not isinstance(key, ed25519.Ed25519PrivateKey):
             raise exception.ConfigError(f'{path} is not an ed25519 key')
         self._key = key
-        self.key_id = _key_id(key.public_key())
+        self.public_key = key.public_key()
+        self.key_id = _key_id(self.public_key)
 
     def sign(self, entry: bytes, repository: str) -> bytes:
         """The bytes of an entry, signed.
@@ -62,19 +65,23 @@ class Signer:
         """
         found = json.loads(entry)
         value = self._key.sign(_message(found, repository))
-        return journal.canonical({**found, 'signature': {
-            'key': self.key_id, 'value': base64.b64encode(value).decode()}})
+        return _signed(found, self.key_id, value)
 
 
 class Trust:
     """Checks entries against the keys that are trusted."""
 
-    def __init__(self, paths: Sequence[pathlib.Path]) -> None:
+    def __init__(self, paths: Sequence[pathlib.Path],
+                 signer: Signer | None = None) -> None:
         """Read public keys (PEM, ed25519).
 
+        :param signer: who signs here, and believes itself.
         :raises ConfigError: one is missing, or none.
         """
-        self._keys = {_key_id(key): key for key in map(_public, paths)}
+        keys = [_public(path) for path in paths]
+        if signer:
+            keys.append(signer.public_key)
+        self._keys = {_key_id(key): key for key in keys}
 
     def check(self, data: bytes, number: int, repository: str) -> None:
         """Prove that an entry is of somebody who is trusted.
@@ -89,9 +96,12 @@ class Trust:
         if key is None:
             raise exception.Corrupt(
                 f'journal entry {number} is signed with key {key_id!r}, '
-                f'which is not one of [repository] trusted_keys')
+                f'which is not one of [repository] trusted_keys; {_CURE}')
         try:
             key.verify(value, _message(entry, repository))
+            # The next entry names these bytes, in no other spelling.
+            if data != _signed(entry, key_id, value):
+                raise ValueError('spelling')
         # JSON may hold what has no canonical form, such as half a character.
         except (InvalidSignature, ValueError, RecursionError):
             raise exception.Corrupt(
@@ -104,8 +114,7 @@ class Trust:
         if found is None:
             raise exception.Corrupt(
                 f'journal entry {number} is not signed, and [repository] '
-                f'trusted_keys wants that; where this is the repository as '
-                f'you know it, "fastbootctl repo checkpoint" signs it')
+                f'trusted_keys or signing_key wants that; {_CURE}')
         try:
             key_id = found['key']
             if not isinstance(key_id, str):
@@ -116,8 +125,12 @@ class Trust:
                                     f'{error!r}') from error
 
 
+def _signed(entry: dict[str, Any], key_id: str, value: bytes) -> bytes:
+    return journal.canonical({**entry, 'signature': {
+        'key': key_id, 'value': base64.b64encode(value).decode()}})
+
+
 def _message(entry: dict[str, Any], repository: str) -> bytes:
-    # What is signed is the entry as it is understood, not as it is spelled.
     return _PURPOSE + repository.encode() + b'\n' + journal.canonical(
         {**entry, 'signature': None})
 

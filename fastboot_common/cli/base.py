@@ -112,33 +112,42 @@ class Environment:
         return throttle.Throttle(rate) if rate else None
 
     def trust(self) -> signing.Trust | None:
-        """Who may say what a repository is; None: its server."""
+        """Who may say what a repository is; None: its server.
+
+        Who signs vouches for all that was before, so it believes nobody
+        else.
+        """
         paths = self.conf.repository.trusted_keys
-        return signing.Trust([pathlib.Path(path) for path in paths]) \
-            if paths else None
+        signer = self.signer()
+        return signing.Trust([pathlib.Path(path) for path in paths],
+                             signer) if paths or signer else None
 
     def signer(self) -> signing.Signer | None:
         """Signs what is published; None: it is not signed."""
         path = self.conf.repository.signing_key
         return signing.Signer(pathlib.Path(path)) if path else None
 
-    def open_repository(self) -> repository.Repository:
+    def open_repository(self, vouch: bool = False) -> repository.Repository:
         """The repository, for reading and (a directory) for writing.
 
+        :param vouch: believe it, whoever signed it.
         :raises NotFound: there is none.
         """
         try:
             return repository.Repository(
-                self.open_store(), trust=self.trust(), signer=self.signer())
+                self.open_store(), trust=None if vouch else self.trust(),
+                signer=self.signer())
         except exception.NotFound:
             raise _no_repository(self.location()) from None
 
-    def writable_repository(self) -> repository.Repository:
+    def writable_repository(self, vouch: bool = False
+                            ) -> repository.Repository:
         """The repository, if it can be written.
 
+        :param vouch: believe it, whoever signed it.
         :raises Invalid: it is behind HTTP.
         """
-        found = self.open_repository()
+        found = self.open_repository(vouch)
         if not hasattr(found.store, 'create'):
             raise exception.Invalid(
                 f'{self.location()} can only be read; use its directory')
@@ -151,9 +160,10 @@ class Environment:
         """
         return _microvms(self.location())
 
-    def open_microvms(self) -> repository.Repository:
+    def open_microvms(self, vouch: bool = False) -> repository.Repository:
         """The repository of the µVMs, for reading.
 
+        :param vouch: believe it, whoever signed it.
         :raises NotFound: there is none, so there are no µVMs.
         """
         location = self.microvm_location()
@@ -168,7 +178,7 @@ class Environment:
             return repository.Repository(
                 self._open(location, self.conf.repository.retries,
                            self._throttle()),
-                trust=self.trust(), signer=self.signer())
+                trust=None if vouch else self.trust(), signer=self.signer())
         except exception.NotFound:
             raise missing from None
 

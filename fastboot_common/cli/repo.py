@@ -2,6 +2,7 @@
 """``fastbootctl repo init|check|stats|gc|checkpoint``."""
 
 import argparse
+import contextlib
 import functools
 import importlib
 import pathlib
@@ -139,12 +140,26 @@ class Checkpoint(base.Command):
     """Note the state of the repository in its journal, and sign it.
 
     For a repository that was not signed so far, and when keys are exchanged:
-    who trusts the newest entry trusts all before it.
+    who trusts the newest entry trusts all before it. Its µVMs have a journal
+    of their own, which gets one, too.
     """
 
+    def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
+        """Its arguments."""
+        parser: argparse.ArgumentParser = super().get_parser(prog_name)
+        parser.add_argument(
+            '--vouch', action='store_true',
+            help='also where the newest entry is not signed with a key that '
+                 'is trusted here: you know that nobody else wrote it')
+        return parser
+
     def take_action(self, parsed_args: argparse.Namespace) -> None:
-        """Add the entry."""
-        state = self.env.writable_repository().checkpoint()
+        """Add the entries."""
         signer = self.env.signer()
         by = f'signed with key {signer.key_id}' if signer else 'not signed'
-        self.app.stdout.write(f'version {state.version}, {by}\n')
+        vouch = parsed_args.vouch
+        version = self.env.writable_repository(vouch).checkpoint().version
+        self.app.stdout.write(f'version {version}, {by}\n')
+        with contextlib.suppress(exception.NotFound):
+            version = self.env.open_microvms(vouch).checkpoint().version
+            self.app.stdout.write(f'µVMs: version {version}, {by}\n')

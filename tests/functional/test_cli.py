@@ -10,6 +10,10 @@ import bootsector
 import microvms
 import numpy as np
 import pytest
+from test_signing import private
+
+from fastboot_common import repository
+from fastboot_common.store.local import LocalStore
 
 CTL = pathlib.Path(sys.executable).parent / 'fastbootctl'
 SIZE = 8 << 20
@@ -217,3 +221,23 @@ def test_microvms(state, ctl, nginx):
     # The images' repository is as it was.
     assert ctl.json('repo', 'check', '--deep') == []
     assert ctl.json('repo', 'stats')['images'] == 1
+
+
+def test_a_checkpoint_is_signed(tmp_path):
+    ctl = Fastbootctl(tmp_path / 's')
+    ctl('repo', 'init')
+    assert ctl('repo', 'checkpoint').stdout == 'version 1, not signed\n'
+    key = private(tmp_path / 'key')
+    with (tmp_path / 's' / 'fastboot.conf').open('a') as file:
+        file.write(f'[repository]\nsigning_key = {key}\n')
+    for words in (['checkpoint'], ['stats'], ['gc']):
+        assert 'checkpoint --vouch' in ctl('repo', *words, status=1).stderr
+    microvms = tmp_path / 's' / 'repository' / 'microvms'
+    microvms.mkdir()
+    repository.init(LocalStore(microvms), 4096)
+    repository.Repository(LocalStore(microvms)).checkpoint()
+    said = ctl('repo', 'checkpoint', '--vouch').stdout.splitlines()
+    assert [line.partition(' key ')[0] for line in said] == [
+        'version 2, signed with', 'µVMs: version 2, signed with']
+    assert ctl('repo', 'checkpoint').stdout.startswith('version 3, signed')
+    assert ctl.json('repo', 'stats')['version'] == 3

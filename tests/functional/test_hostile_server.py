@@ -51,6 +51,13 @@ class Case(World):
         return repository.Repository(
             LocalStore(self.repo), signer=key and signing.Signer(key))
 
+    def builder(self):
+        """As the service opens it: it believes what it signed itself."""
+        signer = signing.Signer(self.ours)
+        return repository.Repository(
+            LocalStore(self.repo), trust=signing.Trust([], signer),
+            signer=signer)
+
     def add(self, image_id, data=None, key=None):
         put(self.writer(key), self.path / 'work', image_id,
             data or self.data[image_id], range(20))
@@ -360,6 +367,24 @@ def test_nothing_is_accepted(case, attacked, attack):
     with case.open('host', attacked) as host:
         assert attempt(host) == []
         assert right(host, case) == {'old': 0, 'new': 0}
+
+
+@pytest.mark.parametrize('attack', ATTACKS,
+                         ids=lambda attack: attack.__name__)
+def test_nor_when_a_builder_publishes_then(case, attacked, attack):
+    """It would sign what the server wrote before."""
+    attack(case)
+    case.data['later'] = disk(SIZE, 7, zeros=0)
+    with contextlib.suppress(exception.FastbootError):
+        put(case.builder(), case.path / 'work', 'later', case.data['later'],
+            range(20))
+    for name in ('host', 'fresh'):
+        with contextlib.suppress(exception.FastbootError), case.open(
+                name, attacked) as host:
+            with contextlib.suppress(exception.FastbootError):
+                attempt(host)
+            found = right(host, case)
+            assert name == 'fresh' or found['old'] is not None
 
 
 @pytest.mark.parametrize('attack', [

@@ -9,8 +9,11 @@ import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from disks import BLOCK, disk, make_repository, put
+from oslo_config import cfg
 
 from fastboot_common import exception, journal, repository, signing, store
+from fastboot_common.cli import base
+from fastboot_common.conf import opts
 from fastboot_nova.mirror import Mirror
 
 PEM = serialization.Encoding.PEM
@@ -119,6 +122,61 @@ def test_a_server_that_changes_an_entry(repo, keys, tmp_path, change,
     with pytest.raises(exception.Corrupt):
         found.state()
     assert not found._state.images
+
+
+@pytest.mark.parametrize('change', [
+    lambda data: data + b' ',
+    lambda data: data.replace(b'"number":', b'"number": '),
+    lambda data: data.replace(b'"key":', b'"more":1,"key":'),
+    lambda data: data.replace(b'{', b'{"time":"x",', 1),
+])
+def test_a_server_that_spells_an_entry_otherwise(repo, keys, tmp_path,
+                                                 change):
+    """Whoever took it would not take what a builder appends to ours."""
+    publish(signed(repo, keys[0]), tmp_path, 'a')
+    data = path(repo, 1).read_bytes()
+    path(repo, 1).unlink()
+    path(repo, 1).write_bytes(change(data))
+    assert change(data) != data
+    mirror = Mirror(tmp_path / 'mirror', repo.store, trust(keys[0]))
+    with pytest.raises(exception.Corrupt, match='signature is wrong'):
+        mirror.refresh()
+    path(repo, 1).unlink()
+    path(repo, 1).write_bytes(data)
+    publish(signed(repo, keys[0]), tmp_path, 'b')
+    assert set(mirror.refresh().images) == {'a', 'b'}
+
+
+def environment(repo, key, *trusted):
+    conf = opts.register(cfg.ConfigOpts())
+    conf([], default_config_files=[])
+    conf.set_override('location', str(repo.store._root), 'repository')
+    conf.set_override('signing_key', str(key), 'repository')
+    conf.set_override('trusted_keys', [
+        str(one.with_suffix('.pub')) for one in trusted], 'repository')
+    return base.Environment(conf)
+
+
+def test_builders_sign_on_nothing_that_they_did_not_sign(repo, keys,
+                                                         tmp_path):
+    ours, theirs = keys
+    publish(environment(repo, ours).writable_repository(), tmp_path, 'a')
+    publish(repo, tmp_path, 'evil')
+    builder = environment(repo, ours).writable_repository()
+    with pytest.raises(exception.Corrupt, match='checkpoint --vouch'):
+        publish(builder, tmp_path, 'b')
+    with pytest.raises(exception.Corrupt, match='checkpoint --vouch'):
+        builder.checkpoint()
+    # Who knows that it was a friend may say so.
+    environment(repo, ours).writable_repository(vouch=True).checkpoint()
+    publish(builder, tmp_path, 'b')
+    # The other key is the new one.
+    with pytest.raises(exception.Corrupt, match='checkpoint --vouch'):
+        environment(repo, theirs).writable_repository().state()
+    publish(environment(repo, theirs, ours).writable_repository(),
+            tmp_path, 'c')
+    assert set(environment(repo, theirs).open_repository().state(
+        ).images) == {'a', 'b', 'c', 'evil'}
 
 
 def test_a_server_that_adds_an_entry(repo, keys, tmp_path):
