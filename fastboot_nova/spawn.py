@@ -100,11 +100,15 @@ class Disk:
     def of(cls, xml: str) -> Self:
         """That of a definition.
 
-        :raises NotFound: it lies on no stub, or something was written to
-            it.
+        :raises NotFound: it lies on no stub, something was written to it,
+            or it is on another bus than a µVM's.
         :raises Corrupt: the definition makes no sense.
         """
-        source = template.root_disk(document.parse(xml)).find('source')
+        tree = document.parse(xml)
+        try:
+            source = template.root_disk(tree).find('source')
+        except exception.Corrupt as error:
+            raise exception.NotFound(str(error)) from error
         path = pathlib.Path((source is not None and source.get('file')) or '')
         stub = backend.stub_of(str(path)) if path.is_absolute() else None
         if stub is None or not overlay.is_empty(path):

@@ -235,6 +235,15 @@ def test_switched_off(world):
     assert not world.lane.returns
 
 
+def test_another_bus_is_no_news(world, caplog):
+    """A server that never had a µVM is not one that was not resumed."""
+    caplog.set_level('INFO')
+    world.xml = world.xml.replace('vda', 'sda')
+    assert world.attempt() is None
+    assert 'not resumed' not in caplog.text
+    assert not world.lane.returns
+
+
 def test_disks_that_are_novas_own(world, tmp_path):
     other = tmp_path / 'disk'
     other.write_bytes(bytes(1 << 16))
