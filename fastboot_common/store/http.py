@@ -291,8 +291,9 @@ class HttpStore:
         came, spent = 0, 0.0
         while came < count:
             before = time.monotonic()
-            data = response.raw.read1(
-                min(count - came, _PIECE), decode_content=False)
+            wanted = min(count - came, _PIECE)
+            # A chunk of negative length gives all that came.
+            data = response.raw.read1(wanted, decode_content=False)[:wanted]
             spent += time.monotonic() - before
             if not data:
                 return
