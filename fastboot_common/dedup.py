@@ -8,21 +8,27 @@ A file is one publisher's alone: another that covered other packs meanwhile
 would give their numbers a new meaning.
 """
 
+import dataclasses
 import fcntl
 import itertools
 import os
 import pathlib
 import sqlite3
-from collections.abc import Callable, Iterable
+from collections.abc import Set
 from typing import Final
 
 from fastboot_common import files
-from fastboot_common.pack import PackIndex
+from fastboot_common.pack import PackIndex, PackRef
 
+#: Of the tables below; others are made anew.
+_VERSION: Final = 1
+_DROP: Final = 'DROP TABLE IF EXISTS packs; DROP TABLE IF EXISTS blocks;'
 #: Pack 0 is never in the index: the one that is being written.
 _SCHEMA: Final = """
 CREATE TABLE IF NOT EXISTS packs (
-    id INTEGER PRIMARY KEY, digest TEXT UNIQUE NOT NULL);
+    id INTEGER PRIMARY KEY, digest TEXT UNIQUE NOT NULL,
+    size INTEGER NOT NULL, blocks INTEGER NOT NULL,
+    index_offset INTEGER NOT NULL, index_digest TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS blocks (
     digest BLOB PRIMARY KEY, pack INTEGER NOT NULL, ordinal INTEGER NOT NULL
 ) WITHOUT ROWID;
@@ -54,10 +60,13 @@ class DedupIndex:
     def _open(self) -> None:
         files.touch(self._path)
         self._db = sqlite3.connect(self._path, timeout=60)
+        [version] = self._db.execute('PRAGMA user_version').fetchone()
         # WAL: a crash loses the last packs, never half of one.
         self._db.executescript(
             'PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL; '
-            'PRAGMA cache_size=-32768; PRAGMA temp_store=FILE;' + _SCHEMA)
+            'PRAGMA cache_size=-32768; PRAGMA temp_store=FILE;'
+            + ('' if version == _VERSION else _DROP) + _SCHEMA
+            + f'PRAGMA user_version={_VERSION};')
         self._db.commit()
 
     def close(self) -> None:
@@ -77,21 +86,32 @@ class DedupIndex:
         """The packs that the index covers: digest → number."""
         return dict(self._db.execute('SELECT digest, id FROM packs'))
 
-    def update(self, wanted: Iterable[str],
-               load: Callable[[str], PackIndex]) -> None:
-        """Cover exactly the packs `wanted`, reading what is missing."""
-        known, wanted = self.packs(), set(wanted)
+    def refs(self) -> dict[int, PackRef]:
+        """The same packs: number → reference, as it was added."""
+        return {row[0]: PackRef(*row[1:])
+                for row in self._db.execute('SELECT * FROM packs')}
+
+    def keep(self, wanted: Set[str]) -> Set[str]:
+        """Cover no packs but those of `wanted`.
+
+        :returns: those that are to be added.
+        """
+        known = self.packs()
         gone = [(known[digest],) for digest in known.keys() - wanted]
         with self._db:
             self._db.executemany('DELETE FROM blocks WHERE pack = ?', gone)
             self._db.executemany('DELETE FROM packs WHERE id = ?', gone)
-        for digest in sorted(wanted - known.keys()):
-            self._add(digest, load(digest))
+        return wanted - known.keys()
 
-    def _add(self, digest: str, index: PackIndex) -> None:
+    def add(self, index: PackIndex) -> None:
+        """Cover one more pack.
+
+        :param index: of a reference that is proven.
+        """
         with self._db:
             number = self._db.execute(
-                'INSERT INTO packs (digest) VALUES (?)', (digest,)).lastrowid
+                'INSERT INTO packs VALUES (NULL, ?, ?, ?, ?, ?)',
+                dataclasses.astuple(index.ref)).lastrowid
             self._db.executemany(
                 'INSERT OR IGNORE INTO blocks VALUES (?, ?, ?)',
                 ((value.tobytes(), number, ordinal)

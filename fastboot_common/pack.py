@@ -147,6 +147,8 @@ class PackIndex:
 def read_ref(digest: str, size: int, read: Read) -> tuple[PackRef, int]:
     """The reference to a pack of known digest, from its header and trailer.
 
+    Unproven: the digest is that of the whole pack, which is not read.
+
     :returns: the reference, and the pack's block size (bytes).
     :raises Corrupt: it is no pack.
     :raises UnknownVersion: it is one of a newer format.

@@ -165,14 +165,15 @@ class _Work:
     def run(self, visibility: str, owner: str) -> Published:
         draft = self._draft
         state = self._repository.state()
+        self._remembered = bool(self._index.packs())
         self._catch_up(state)
         self._read_disk()
         self._refs = [writer.finish() for writer in self._writers]
         draft.root = self._root.hexdigest()
-        self._draft.extents, self._draft.packs = self._map(state)
+        self._draft.extents, self._draft.packs = self._map()
         data = draft.pack()
         digest = hashlib.sha256(data).hexdigest()
-        self._prove(manifest.Manifest.unpack(data, digest))
+        self._prove(data, digest)
         image = {
             'image_id': draft.image_id, 'name': draft.name,
             'manifest': digest, 'manifest_size': len(data),
@@ -203,8 +204,11 @@ class _Work:
             sum(ref.blocks for ref in self._refs) * draft.block_size,
             sum(ref.size for ref in self._refs))
 
-    def _prove(self, made: manifest.Manifest) -> None:
-        """Whatever went wrong in index or map: it is not registered."""
+    def _prove(self, data: bytes, digest: str) -> None:
+        """Whatever went wrong in index or map: it is not registered.
+
+        :raises Corrupt: a pack is damaged.
+        """
         writers = dict(zip((ref.digest for ref in self._refs),
                            self._writers, strict=True))
 
@@ -213,9 +217,15 @@ class _Work:
                 return self._own_index(ref, writers[ref.digest])
             return self._repository.pack_index(ref)
 
-        if content_root(made, load) != made.root:
-            self._index.discard()
-            raise _Repeat('the index of known blocks was wrong')
+        try:
+            made = manifest.Manifest.unpack(data, digest)
+            if content_root(made, load) == made.root:
+                return
+        except exception.Corrupt:
+            if not self._remembered:
+                raise
+        self._index.discard()
+        raise _Repeat('the index of known blocks was wrong')
 
     def clean(self) -> None:
         """Remove what did not get into the store."""
@@ -227,10 +237,10 @@ class _Work:
 
     def _catch_up(self, state: journal.State) -> None:
         # Nothing new is to need a pack that is on its way out.
-        wanted = state.packs.keys() - state.retired.keys()
-        self._index.update(wanted, lambda digest: (
-            self._repository.pack_index(self._repository.pack_ref(
-                digest, state.packs[digest]))))
+        lacking = self._index.keep(state.packs.keys() - state.retired.keys())
+        refs = self._repository.pack_refs(state, lacking)
+        for _, ref in sorted(refs.items()):
+            self._index.add(self._repository.pack_index(ref))
 
     def _registered(self, state: journal.State) -> bool:
         existing = state.images.get(self._draft.image_id)
@@ -399,22 +409,16 @@ class _Work:
             self._writers.append(self._writer)
         return self._writer
 
-    def _map(self, state: journal.State,
-             ) -> tuple[extents.Extents, list[pack.PackRef]]:
+    def _map(self) -> tuple[extents.Extents, list[pack.PackRef]]:
         """Extents with positions in the list of packs that they use."""
         whole = extents.concatenate(self._parts)
-        names = {number: digest
-                 for digest, number in self._index.packs().items()}
+        known = self._index.refs()
         refs = []
         positions = np.zeros(len(whole), np.uint32)
         for position, number in enumerate(np.unique(whole['pack']).tolist()):
             positions[whole['pack'] == number] = position
-            if number in names:
-                digest = names[number]
-                refs.append(self._repository.pack_ref(
-                    digest, state.packs[digest]))
-            else:
-                refs.append(self._refs[(1 << 32) - number - 1])
+            refs.append(known.get(number)
+                        or self._refs[(1 << 32) - number - 1])
         whole['pack'] = positions
         return whole, refs
 

@@ -7,8 +7,9 @@ import dataclasses
 import functools
 import hashlib
 import json
+import logging
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from typing import Any, Final
 
 from fastboot_common import (
@@ -20,6 +21,8 @@ from fastboot_common import (
     signing,
     store,
 )
+
+LOG = logging.getLogger(__name__)
 
 FORMAT: Final = 'fastboot-repository'
 VERSION: Final = 1
@@ -212,8 +215,35 @@ class Repository:
         name = store.object_name('packs', digest)
         return lambda offset, length: self.store.read(name, offset, length)
 
+    def pack_refs(self, state: journal.State,
+                  wanted: Set[str]) -> dict[str, pack.PackRef]:
+        """The references to packs, as images' manifests have them.
+
+        Their publishers made these packs, and the journal proves the
+        manifests. What a pack in the store says of itself proves nothing.
+
+        :param wanted: digests; those that no image needs are left out.
+        """
+        found: dict[str, pack.PackRef] = {}
+        images = [*state.images.values(),
+                  *(gone.image for gone in state.removed.values())]
+        for image in sorted(images, key=lambda one: -one.serial):
+            if len(found) == len(wanted):
+                break
+            try:
+                refs = self.read_manifest(image.manifest).packs
+            except (exception.NotFound, exception.Corrupt) as error:
+                LOG.warning('image %s: nothing is deduplicated against it: '
+                            '%s', image.image_id, error)
+                continue
+            for ref in refs:
+                if ref.digest in wanted:
+                    found.setdefault(ref.digest, ref)
+        return found
+
     def pack_ref(self, digest: str, size: int) -> pack.PackRef:
-        """The reference to a pack that the journal names.
+        """What a pack that the journal names says of itself: to look at, not
+        to be published; see :meth:`pack_refs`.
 
         :param size: its bytes, as the journal says.
         :raises Corrupt: it is damaged.

@@ -2,6 +2,7 @@
 """Publishing: what is read back is what was published."""
 
 import concurrent.futures
+import os
 import pathlib
 import random
 import resource
@@ -22,7 +23,14 @@ from disks import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastboot_common import blocks, exception, publish, upkeep
+from fastboot_common import (
+    blocks,
+    exception,
+    pack,
+    publish,
+    store,
+    upkeep,
+)
 
 
 @pytest.fixture
@@ -208,14 +216,78 @@ def test_a_damaged_index(tmp_path, repo, harm):
     'UPDATE blocks SET ordinal = (ordinal + 1) % 20',
     'UPDATE blocks SET ordinal = 0 WHERE ordinal = 7',
     'UPDATE blocks SET ordinal = ordinal + 10000',
+    'UPDATE packs SET index_digest = digest',
+    'UPDATE packs SET size = size + 1',
 ])
 def test_an_index_that_lies(tmp_path, repo, harm):
     data = disk(50 * BLOCK, 1)
-    put(repo, tmp_path / 'work', 'one', data)
+    for image_id in ('one', 'two'):
+        put(repo, tmp_path / 'work', image_id, data)
     with sqlite3.connect(index_file(tmp_path)) as db:
-        db.execute(harm)
+        assert db.execute(harm).rowcount
     db.close()
-    done = put(repo, tmp_path / 'work', 'two', data)
+    done = put(repo, tmp_path / 'work', 'three', data)
+    assert read_back(repo, done.image) == data
+    assert done.new_bytes == 0
+
+
+def test_an_index_of_an_older_version(tmp_path, repo):
+    data = disk(50 * BLOCK, 1)
+    put(repo, tmp_path / 'work', 'one', data)
+    path = index_file(tmp_path)
+    path.unlink()
+    with sqlite3.connect(path) as db:
+        db.executescript('''
+            CREATE TABLE packs (
+                id INTEGER PRIMARY KEY, digest TEXT UNIQUE NOT NULL);
+            CREATE TABLE blocks (
+                digest BLOB PRIMARY KEY, pack INTEGER NOT NULL,
+                ordinal INTEGER NOT NULL) WITHOUT ROWID;''')
+        db.execute('INSERT INTO packs (digest) VALUES (?)',
+                   tuple(repo.state().packs))
+    db.close()
+    for image_id in ('two', 'three'):
+        assert put(repo, tmp_path / 'work', image_id, data).new_bytes == 0
+
+
+def replaced(repo, ref, room):
+    """Give a pack other bytes, and an index that is right for them but says
+    that they are the blocks that were there."""
+    index = repo.pack_index(ref)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        writer = pack.PackWriter(room, BLOCK, 1, pool)
+        for digest in index.digests:
+            writer.add(digest.tobytes(), memoryview(os.urandom(BLOCK)))
+        assert writer.finish().size == ref.size
+    writer.path.replace(
+        repo.store._root / store.object_name('packs', ref.digest))
+
+
+@pytest.mark.parametrize('cache', ['work', 'elsewhere'])
+def test_nobody_vouches_for_a_pack_that_was_replaced(tmp_path, repo, cache):
+    data = disk(50 * BLOCK, 1, zeros=0)
+    for image_id in ('one', 'two'):
+        image = put(repo, tmp_path / 'work', image_id, data).image
+    [ref] = repo.read_manifest(image.manifest).packs
+    path = repo.store._root / store.object_name('packs', ref.digest)
+    right = path.read_bytes()
+    replaced(repo, ref, tmp_path)
+    with pytest.raises(exception.Corrupt, match=ref.digest):
+        put(repo, tmp_path / cache, 'three', data)
+    assert set(repo.state().images) == {'one', 'two'}
+    path.write_bytes(right)
+    done = put(repo, tmp_path / cache, 'three', data)
+    assert read_back(repo, done.image) == data
+    assert done.new_bytes == 0
+
+
+def test_blocks_of_images_whose_manifest_is_lost(tmp_path, repo):
+    data = disk(50 * BLOCK, 1, zeros=0)
+    image = put(repo, tmp_path / 'work', 'one', data).image
+    (repo.store._root / store.object_name(
+        'manifests', image.manifest)).unlink()
+    done = put(repo, tmp_path / 'elsewhere', 'two', data)
+    assert done.new_bytes == len(data)
     assert read_back(repo, done.image) == data
 
 

@@ -260,11 +260,11 @@ def test_others_published_meanwhile(tmp_path, repo, monkeypatch):
     original = publish._Work._prove
     calls = []
 
-    def meanwhile(self, made):
+    def meanwhile(self, *made):
         calls.append(1)
         if len(calls) == 1:
             put(other, tmp_path / 'other', 'winner', data)
-        original(self, made)
+        original(self, *made)
 
     monkeypatch.setattr(publish._Work, '_prove', meanwhile)
     done = put(repo, tmp_path / 'work', 'loser', data[:90 * BLOCK] + disk(
@@ -284,9 +284,9 @@ def test_packs_dropped_meanwhile(tmp_path, repo, monkeypatch):
     original = publish._Work._prove
     calls = []
 
-    def meanwhile(self, made):
+    def meanwhile(self, *made):
         calls.append(1)
-        original(self, made)
+        original(self, *made)
         if len(calls) == 1:
             other.remove('old')
             upkeep.collect(other, retention=0, grace=0)
