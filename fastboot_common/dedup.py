@@ -96,12 +96,16 @@ class DedupIndex:
 
         :returns: those that are to be added.
         """
-        known = self.packs()
-        gone = [(known[digest],) for digest in known.keys() - wanted]
-        with self._db:
-            self._db.executemany('DELETE FROM blocks WHERE pack = ?', gone)
-            self._db.executemany('DELETE FROM packs WHERE id = ?', gone)
-        return wanted - known.keys()
+        known = self.packs().keys()
+        gone = known - wanted
+        if gone:
+            with self._db:
+                self._db.executemany('DELETE FROM packs WHERE digest = ?',
+                                     ((digest,) for digest in gone))
+                # Each such statement reads the whole table: one for all.
+                self._db.execute('DELETE FROM blocks WHERE pack NOT IN '
+                                 '(SELECT id FROM packs)')
+        return wanted - known
 
     def add(self, index: PackIndex) -> None:
         """Cover one more pack.
