@@ -64,13 +64,17 @@ class Manifest:
         return -(-self.virtual_size // self.block_size)
 
     def pack(self) -> bytes:
-        """The manifest's bytes; their sha256 is its name."""
+        """The manifest's bytes; their sha256 is its name.
+
+        :raises ImageRejected: they are more than anybody reads.
+        """
         runs = np.array(blocks.runs(self.boot), BOOT_DTYPE)
         arrays = {'extents': self.extents, 'boot': runs, 'trace': self.trace}
         sections, body = {}, b''
         compressor = zstandard.ZstdCompressor(level=9)
         for name, array in arrays.items():
             raw = array.tobytes()
+            self._bound(len(raw), _RECORDS_LIMIT, f'its {name}')
             packed = compressor.compress(raw)
             sections[name] = {
                 'offset': len(body), 'length': len(packed),
@@ -85,7 +89,16 @@ class Manifest:
             'os_hash': self.os_hash, 'source': self.source,
             'capture': self.capture, 'sections': sections,
         }, sort_keys=True).encode()
-        return _PREFIX.pack(MAGIC, VERSION, len(header)) + header + body
+        data = _PREFIX.pack(MAGIC, VERSION, len(header)) + header + body
+        self._bound(len(data), LIMIT, 'its manifest')
+        return data
+
+    def _bound(self, length: int, limit: int, what: str) -> None:
+        if length > limit:
+            raise exception.ImageRejected(
+                f'image {self.image_id}: its blocks are too scattered: '
+                f'{what} would take {length} bytes; at most {limit} are '
+                f'allowed')
 
     @classmethod
     def unpack(cls, data: bytes, digest: str) -> 'Manifest':

@@ -26,6 +26,7 @@ from fastboot_common import (
     qcow2,
     store,
 )
+from fastboot_common import trace as traces
 from fastboot_common.repository import Repository
 
 LOG = logging.getLogger(__name__)
@@ -103,6 +104,7 @@ class Publisher:
         :param progress: told the bytes done, of what is no hole in `raw`.
         :raises Exists: the id is registered with other content.
         :raises Invalid: the draft has no sense.
+        :raises ImageRejected: no manifest can describe the disk.
         :raises NoSpace: the store is full; nothing was registered.
         """
         _check_draft(draft, self._repository.block_size)
@@ -171,7 +173,7 @@ class _Work:
         self._refs = [writer.finish() for writer in self._writers]
         draft.root = self._root.hexdigest()
         self._draft.extents, self._draft.packs = self._map()
-        data = draft.pack()
+        data = self._pack()
         digest = hashlib.sha256(data).hexdigest()
         self._prove(data, digest)
         image = {
@@ -203,6 +205,17 @@ class _Work:
             after.images[draft.image_id], created,
             sum(ref.blocks for ref in self._refs) * draft.block_size,
             sum(ref.size for ref in self._refs))
+
+    def _pack(self) -> bytes:
+        """The manifest; without its trace if it is too large with it."""
+        try:
+            return self._draft.pack()
+        except exception.ImageRejected as error:
+            if not len(self._draft.trace):
+                raise
+            LOG.warning('%s: leaving its trace out', error)
+            self._draft.trace = traces.empty()
+            return self._draft.pack()
 
     def _prove(self, data: bytes, digest: str) -> None:
         """Whatever went wrong in index or map: it is not registered.

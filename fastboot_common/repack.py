@@ -54,7 +54,7 @@ class Repacked:
 
 
 class _Repeat(Exception):
-    """Somebody changed one of the images meanwhile."""
+    """What was done so far is of no use."""
 
 
 def repack(repository: Repository, below: float, *, level: int = 9,
@@ -71,22 +71,28 @@ def repack(repository: Repository, below: float, *, level: int = 9,
     """
     with concurrent.futures.ThreadPoolExecutor(
             threads or len(os.sched_getaffinity(0))) as pool:
+        left: set[str] = set()
         for _ in range(_ATTEMPTS):
-            work = _Work(repository, below, level, pool)
+            work = _Work(repository, below, level, pool, left)
             try:
                 return work.run(dry_run)
-            except _Repeat:
-                LOG.info('repacking again: the images have changed')
+            except _Repeat as reason:
+                LOG.info('repacking again: %s', reason)
             finally:
                 work.clean()
     raise exception.Busy('others kept changing the images; repeat later')
 
 
 class _Work:
-    """One attempt."""
+    """One attempt.
+
+    :ivar left: images that keep their packs, because they cannot be
+        described otherwise.
+    """
 
     def __init__(self, repository: Repository, below: float, level: int,
-                 pool: concurrent.futures.Executor) -> None:
+                 pool: concurrent.futures.Executor, left: set[str]) -> None:
+        self._left = left
         self._repository = repository
         self._target: Any = repository.store
         self._state = repository.state()
@@ -110,8 +116,7 @@ class _Work:
         for digest, live in sorted(chosen.items()):
             self._move(self._refs[digest], live)
         self._new = [writer.finish() for writer in self._writers]
-        made = {image.image_id: self._rewrite(image)
-                for image in self._images(set(chosen))}
+        made = self._rewrite_all(set(chosen))
         self._publish(chosen.keys(), made)
         result.images = len(made)
         result.after = sum(ref.size for ref in self._new)
@@ -130,9 +135,11 @@ class _Work:
         for image in self._state.images.values():
             self._mark(self._repository.read_manifest(image.manifest), live)
         # Who was deregistered keeps its old manifest, and its packs.
-        held = {ref.digest for gone in self._state.removed.values()
-                for ref in self._repository.read_manifest(
-                    gone.image.manifest).packs}
+        keep = [gone.image.manifest for gone in self._state.removed.values()]
+        keep += [image.manifest for image in self._state.images.values()
+                 if image.image_id in self._left]
+        held = {ref.digest for digest in keep
+                for ref in self._repository.read_manifest(digest).packs}
         return {digest: used for digest, used in live.items()
                 if digest not in held and digest not in self._state.retired
                 and used.mean() < self._below}
@@ -187,6 +194,18 @@ class _Work:
                 self._target.scratch(), size, self._level, self._pool))
         return self._writers[-1]
 
+    def _rewrite_all(self, chosen: set[str]) -> dict[str, bytes]:
+        made, before = {}, len(self._left)
+        for image in self._images(chosen):
+            try:
+                made[image.image_id] = self._rewrite(image)
+            except exception.ImageRejected as error:
+                LOG.warning('its packs are not rewritten: %s', error)
+                self._left.add(image.image_id)
+        if len(self._left) > before:
+            raise _Repeat('some images keep their packs')
+        return made
+
     def _rewrite(self, image: journal.Image) -> bytes:
         """The new manifest of an image, proven to have its content."""
         old = self._repository.read_manifest(image.manifest)
@@ -238,7 +257,7 @@ class _Work:
             if any(state.images.get(image_id)
                    != self._state.images[image_id] for image_id in made) \
                     or not chosen <= state.packs.keys():
-                raise _Repeat
+                raise _Repeat('the images have changed')
             self._store(made)
             return {'manifests': manifests, 'retired': sorted(chosen),
                     'packs': [{'digest': ref.digest, 'size': ref.size}

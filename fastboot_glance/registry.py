@@ -170,7 +170,8 @@ class Registry:
         """Give a registered image another manifest of the same content.
 
         :param change: makes it from the newest; called again when others
-            changed the repository meanwhile. None: it stays as it is.
+            changed the repository meanwhile. None: it stays as it is, as it
+            does if the other were too large.
         :raises NotFound: it is not registered any more.
         """
         data: bytes | None = None
@@ -185,7 +186,11 @@ class Registry:
             made = change(self.repository.read_manifest(current.manifest))
             if made is None:
                 return None
-            data = made.pack()
+            try:
+                data = made.pack()
+            except exception.ImageRejected as error:
+                LOG.warning('it keeps its old manifest: %s', error)
+                return None
             digest = self.repository.keep_manifest(data)
             return {'packs': [], 'manifests': {image_id: {
                 'manifest': digest, 'manifest_size': len(data)}}}

@@ -58,6 +58,20 @@ def test_round_trip(count, boot, name):
     same(unpack(made.pack()), made)
 
 
+@pytest.mark.parametrize(('name', 'limit', 'words'), [
+    ('LIMIT', 800, 'manifest'), ('_RECORDS_LIMIT', 3000, 'extents')])
+def test_what_nobody_could_read_is_not_made(monkeypatch, name, limit, words):
+    made = example()
+    data = made.pack()
+    monkeypatch.setattr(manifest, name, limit)
+    with pytest.raises(exception.ImageRejected, match=words):
+        made.pack()
+    monkeypatch.setattr(
+        manifest, name, len(data) if name == 'LIMIT' else made.extents.nbytes)
+    assert made.pack() == data
+    same(unpack(data), made)
+
+
 def test_empty_image():
     made = example()
     made.virtual_size, made.packs = 0, []

@@ -2,6 +2,7 @@
 """What hosts say that guests read: checked, bounded, added to boot sets."""
 
 import base64
+import dataclasses
 import hashlib
 import random
 import time
@@ -195,6 +196,14 @@ def place(tmp_path_factory):
 @pytest.fixture
 def own(tmp_path):
     return Place(tmp_path)
+
+
+def test_a_manifest_that_would_be_too_large_is_not_made(own, monkeypatch):
+    before = own.publish(range(5))
+    monkeypatch.setattr(manifest, 'LIMIT', before.manifest_size)
+    after = own.registry.rewrite('image', lambda old: dataclasses.replace(
+        old, name='scattered' * 10))
+    assert after == before == own.image
 
 
 def test_only_what_is_ready_is_observed(own):

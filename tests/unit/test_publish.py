@@ -9,6 +9,7 @@ import resource
 import sqlite3
 import tempfile
 
+import numpy as np
 import pytest
 from disks import (
     BLOCK,
@@ -26,9 +27,11 @@ from hypothesis import strategies as st
 from fastboot_common import (
     blocks,
     exception,
+    manifest,
     pack,
     publish,
     store,
+    trace,
     upkeep,
 )
 
@@ -164,6 +167,36 @@ def test_drafts_without_sense(tmp_path, repo, draft):
     with pytest.raises(exception.Invalid):
         publish.Publisher(repo, tmp_path / 'cache').publish(raw, draft)
     assert repo.state().version == 0
+
+
+def test_a_disk_that_no_manifest_can_describe(tmp_path, repo, monkeypatch):
+    put(repo, tmp_path / 'work', 'ok', disk(40 * BLOCK, 2))
+    monkeypatch.setattr(manifest, 'LIMIT', 1500)
+    with pytest.raises(exception.ImageRejected, match='big'):
+        put(repo, tmp_path / 'work', 'big', disk(400 * BLOCK, 1, zeros=0.5),
+            boot=range(0, 300, 2))
+    assert repo.state().version == 1
+    assert len(list(repo.store.list('packs'))) == 1
+    assert not list((repo.store._root / 'tmp').iterdir())
+    repo.remove('ok')
+    assert upkeep.collect(repo, 0, 0).images == 1
+
+
+def test_a_trace_for_which_the_manifest_has_no_room(
+        tmp_path, repo, monkeypatch):
+    data = disk(40 * BLOCK, 1, zeros=0)
+    raw = write_raw(tmp_path / 'raw', data)
+    draft = make_draft('image', len(data), boot=[3])
+    rng = random.Random(1)
+    draft.trace = np.array(
+        [(at, rng.randrange(40) * BLOCK, BLOCK, 0) for at in range(900)],
+        trace.DTYPE)
+    monkeypatch.setattr(manifest, 'LIMIT', 1500)
+    done = publish.Publisher(repo, tmp_path / 'cache').publish(raw, draft)
+    assert read_back(repo, done.image) == data
+    found = repo.read_manifest(done.image.manifest)
+    assert found.boot.tolist() == [3]
+    assert not len(found.trace)
 
 
 def test_full_store(tmp_path, repo):

@@ -18,6 +18,7 @@ from disks import (
 from fastboot_common import (
     exception,
     journal,
+    manifest,
     pack,
     repack,
     upkeep,
@@ -101,6 +102,37 @@ def test_who_was_deregistered_keeps_what_it_has(repo, work):
     assert repack.repack(repo, .5) == repack.Repacked()
     upkeep.collect(repo, 0, 0)
     assert repack.repack(repo, .5).retired == 1
+
+
+def test_who_cannot_be_described_otherwise_keeps_its_packs(
+        repo, work, monkeypatch):
+    data = {}
+    for number, image_id in enumerate('abcd'):
+        whole = disk(SIZE, number, zeros=0)
+        put(repo, work, f'whole-{image_id}', whole)
+        data[image_id] = whole[:SIZE // 4] + bytes(SIZE // 2)
+        put(repo, work, image_id, data[image_id])
+        repo.remove(f'whole-{image_id}')
+    upkeep.collect(repo, 0, 0)
+    before = repo.state()
+    original = manifest.Manifest.pack
+
+    def pack(self):
+        if self.image_id in 'bc':
+            raise exception.ImageRejected(f'image {self.image_id}')
+        return original(self)
+
+    monkeypatch.setattr(manifest.Manifest, 'pack', pack)
+    done = repack.repack(repo, .5)
+    assert (done.retired, done.images) == (2, 2)
+    assert {image_id for image_id, image in repo.state().images.items()
+            if image == before.images[image_id]} == {'b', 'c'}
+    upkeep.collect(repo, 0, 0)
+    all_well(repo)
+    for image_id, content in data.items():
+        assert read_back(repo, repo.image(image_id)) == content
+    assert repack.repack(repo, .5).retired == 0
+    assert not list((repo.store._root / 'tmp').iterdir())
 
 
 def test_nothing_new_needs_a_retired_pack(repo, work):
