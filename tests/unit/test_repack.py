@@ -135,6 +135,25 @@ def test_who_cannot_be_described_otherwise_keeps_its_packs(
     assert not list((repo.store._root / 'tmp').iterdir())
 
 
+def test_what_is_too_much_for_one_run(repo, work, monkeypatch):
+    data = {}
+    for number in range(1, 7):
+        image_id = f'image-{number}'
+        whole = disk(SIZE, number, zeros=0)
+        put(repo, work, 'whole', whole)
+        data[image_id] = whole[:4 * number * BLOCK]
+        put(repo, work, image_id, data[image_id])
+        repo.remove('whole')
+    upkeep.collect(repo, 0, 0)
+    monkeypatch.setattr(repack, '_MOVED', 30)
+    assert [repack.repack(repo, .5).retired for _ in range(5)] == [
+        3, 1, 1, 1, 0]
+    upkeep.collect(repo, 0, 0)
+    all_well(repo)
+    for image_id, content in data.items():
+        assert read_back(repo, repo.image(image_id)) == content
+
+
 def test_nothing_new_needs_a_retired_pack(repo, work):
     other = two(repo, work)
     repack.repack(repo, .5)
