@@ -17,6 +17,7 @@ import subprocess
 
 import pytest
 from agents import needs_nbdkit
+from disks import replace_pack
 from images import World, disk, fast_directory, put, verify
 from test_signing import private, rewrite, trust
 
@@ -274,6 +275,15 @@ def changed_frames(case):
     return DAMAGED, DAMAGED
 
 
+def replaced_packs(case):
+    """Each pack is right in itself, and not the one that it was."""
+    writer = case.writer()
+    for image in writer.state().images.values():
+        for ref in writer.read_manifest(image.manifest).packs:
+            replace_pack(writer, ref, case.path)
+    return DAMAGED, DAMAGED
+
+
 def swapped_packs(case):
     olds, news = (case.objects('packs', one) for one in IDS)
     for old, new in zip(olds, news, strict=False):
@@ -314,8 +324,8 @@ ATTACKS = [
     another_life, removed_image, replay, replay_numbered, truncated, hole,
     rollback, emptied, far_head, garbage_head, changed_state, other_state,
     changed_manifest, swapped_manifests, changed_packs, changed_frames,
-    swapped_packs, truncated_packs, other_repository, other_blocks,
-    garbage_config]
+    replaced_packs, swapped_packs, truncated_packs, other_repository,
+    other_blocks, garbage_config]
 
 
 @pytest.fixture
@@ -385,6 +395,16 @@ def test_nor_when_a_builder_publishes_then(case, attacked, attack):
                 attempt(host)
             found = right(host, case)
             assert name == 'fresh' or found['old'] is not None
+
+
+def test_a_builder_vouches_for_nothing(case, attacked):
+    """It has seen no pack before, and is to share their blocks."""
+    replaced_packs(case)
+    builder = case.builder()
+    with pytest.raises(exception.Corrupt, match=DAMAGED):
+        put(builder, case.path / 'elsewhere', 'derived', case.data['old'],
+            range(20))
+    assert set(builder.state().images) == set(IDS)
 
 
 @pytest.mark.parametrize('attack', [

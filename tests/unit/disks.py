@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Small repositories and disks, and reading them back the slow way."""
 
+import concurrent.futures
 import hashlib
 import os
 import pathlib
@@ -8,7 +9,14 @@ import random
 
 import numpy as np
 
-from fastboot_common import extents, manifest, pack, publish, repository
+from fastboot_common import (
+    extents,
+    manifest,
+    pack,
+    publish,
+    repository,
+    store,
+)
 from fastboot_common.store.local import LocalStore
 
 BLOCK = 4096
@@ -112,9 +120,21 @@ def data_blocks(data, block=BLOCK):
             if data[number * block:(number + 1) * block].strip(b'\0')]
 
 
+def replace_pack(repo, ref, room):
+    """Give a pack of random blocks others, and an index that is right for them
+    but says that they are those that were there."""
+    index = repo.pack_index(ref)
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        writer = pack.PackWriter(room, BLOCK, 1, pool)
+        for digest in index.digests:
+            writer.add(digest.tobytes(), memoryview(os.urandom(BLOCK)))
+        assert writer.finish().size == ref.size
+    writer.path.replace(
+        repo.store._root / store.object_name('packs', ref.digest))
+
+
 def make_pack(directory, chunks, block_size=BLOCK, pool=None):
     """A pack of blocks: reference, bytes."""
-    import concurrent.futures
     with concurrent.futures.ThreadPoolExecutor(2) as executor:
         writer = pack.PackWriter(directory, block_size, 1, executor)
         for chunk in chunks:

@@ -2,7 +2,6 @@
 """Publishing: what is read back is what was published."""
 
 import concurrent.futures
-import os
 import pathlib
 import random
 import resource
@@ -19,6 +18,7 @@ from disks import (
     make_repository,
     put,
     read_back,
+    replace_pack,
     write_raw,
 )
 from hypothesis import given, settings
@@ -28,7 +28,6 @@ from fastboot_common import (
     blocks,
     exception,
     manifest,
-    pack,
     publish,
     store,
     trace,
@@ -283,19 +282,6 @@ def test_an_index_of_an_older_version(tmp_path, repo):
         assert put(repo, tmp_path / 'work', image_id, data).new_bytes == 0
 
 
-def replaced(repo, ref, room):
-    """Give a pack other bytes, and an index that is right for them but says
-    that they are the blocks that were there."""
-    index = repo.pack_index(ref)
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        writer = pack.PackWriter(room, BLOCK, 1, pool)
-        for digest in index.digests:
-            writer.add(digest.tobytes(), memoryview(os.urandom(BLOCK)))
-        assert writer.finish().size == ref.size
-    writer.path.replace(
-        repo.store._root / store.object_name('packs', ref.digest))
-
-
 @pytest.mark.parametrize('cache', ['work', 'elsewhere'])
 def test_nobody_vouches_for_a_pack_that_was_replaced(tmp_path, repo, cache):
     data = disk(50 * BLOCK, 1, zeros=0)
@@ -304,7 +290,7 @@ def test_nobody_vouches_for_a_pack_that_was_replaced(tmp_path, repo, cache):
     [ref] = repo.read_manifest(image.manifest).packs
     path = repo.store._root / store.object_name('packs', ref.digest)
     right = path.read_bytes()
-    replaced(repo, ref, tmp_path)
+    replace_pack(repo, ref, tmp_path)
     with pytest.raises(exception.Corrupt, match=ref.digest):
         put(repo, tmp_path / cache, 'three', data)
     assert set(repo.state().images) == {'one', 'two'}
