@@ -230,7 +230,7 @@ class Mirror:
         if _cost(ref, frames) == ref.size:
             files.make_directory(whole.parent)
             self.source.fetch(store.object_name('packs', ref.digest), whole,
-                              ref.digest, progress)
+                              ref.digest, ref.size, progress)
             files.remove(self._path('partial', ref.digest))
             return ref.size
         total = 0

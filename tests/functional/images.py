@@ -56,9 +56,9 @@ class CountingStore(LocalStore):
         self.bytes += length
         return data
 
-    def fetch(self, name, path, digest, progress=None):
+    def fetch(self, name, path, *args, **options):
         self._guard(name)
-        super().fetch(name, path, digest, progress)
+        super().fetch(name, path, *args, **options)
         self.bytes += path.stat().st_size
 
 

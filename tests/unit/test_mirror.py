@@ -35,9 +35,9 @@ class Source(LocalStore):
         self._count(name)
         return super().read(name, offset, length, check)
 
-    def fetch(self, name, path, digest, progress=None):
+    def fetch(self, name, *args, **options):
         self._count(name)
-        super().fetch(name, path, digest, progress)
+        super().fetch(name, *args, **options)
 
 
 @pytest.fixture
