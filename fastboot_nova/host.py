@@ -265,9 +265,13 @@ class Host:
                 progress, image.name or image.image_id) if progress else None
             try:
                 fetched += self.mirror.pull(image, tell)
-            except (exception.Corrupt, exception.NotFound) as error:
+            except exception.NoSpace:
+                raise
+            except exception.FastbootError as error:
                 LOG.error('image %s: %s', image.image_id, error)
                 failed[image.image_id] = str(error)
+                if isinstance(error, exception.Unavailable):
+                    self.mirror.refresh()  # else all are
         # What a manifest that cannot be read needs is not known.
         freed = 0 if failed else self.drop_gone()
         return Synced(state.version, len(wanted), fetched, freed, failed)

@@ -190,6 +190,41 @@ def test_one_damaged_image(world, parts):
     assert one.row('image-1')['error'] == ''
 
 
+@pytest.mark.parametrize('kind', [exception.Unavailable, exception.Invalid])
+def test_one_object_that_cannot_be_read(world, parts, kind):
+    """A bad sector of the server, a file with wrong modes: others come."""
+    one = parts()
+    one.source.error = kind
+    one.source.broken = world.packs('image-0')
+    one.sync.everything()
+    with pytest.raises(kind, match='out of reach'):
+        one.sync._step()
+    assert one.states() == {'image-0': 'error', 'image-1': 'ready',
+                            'image-2': 'ready'}
+    assert 'out of reach' in one.sync.error
+    one.source.broken = ()
+    one.sync._step()
+    assert one.states()['image-0'] == 'ready' and not one.sync.error
+
+
+def test_a_repository_that_goes_away_in_the_middle(world, parts,
+                                                   monkeypatch):
+    """Not each image finds that out."""
+    one = parts()
+    tried = []
+
+    def pull(image, tell):
+        tried.append(image.image_id)
+        one.source.broken = None
+        raise exception.Unavailable('away')
+
+    monkeypatch.setattr(one.host.mirror, 'pull', pull)
+    one.sync.everything()
+    with pytest.raises(exception.Unavailable, match='out of reach'):
+        one.sync._step()
+    assert tried == ['image-0']
+
+
 def test_progress_and_stop_in_the_middle(world, parts):
     data = disk(9000 * 4096, 9, zeros=0)
     world.publish('large', data, range(9000))
