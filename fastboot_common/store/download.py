@@ -53,7 +53,7 @@ def _complete(name: str, file: int, digest: str, size: int, source: Source,
     hasher = hashlib.sha256()
     if os.fstat(file).st_size > size:
         os.ftruncate(file, size)
-    kept = _hash(file, hasher)
+    kept = _hash(name, file, hasher)
     if kept and hasher.hexdigest() == digest:
         return
     _append(file, hasher, _bounded(name, source(kept), size - kept), progress)
@@ -104,12 +104,20 @@ def _is_at(file: int, path: pathlib.Path) -> bool:
         return False
 
 
-def _hash(file: int, hasher: 'hashlib._Hash') -> int:
-    """Hash `file` from its start to its end and return its length."""
+def _hash(name: str, file: int, hasher: 'hashlib._Hash') -> int:
+    """Hash `file` from its start to its end and return its length.
+
+    :raises Corrupt: the disk cannot read it any more.
+    """
     length = 0
-    while data := os.read(file, _PIECE):
-        hasher.update(data)
-        length += len(data)
+    try:
+        while data := os.read(file, _PIECE):
+            hasher.update(data)
+            length += len(data)
+    except OSError as error:
+        raise exception.Corrupt(
+            f'{name}: what came of it earlier cannot be read: '
+            f'{error.strerror}; all of it is fetched again') from error
     return length
 
 

@@ -147,8 +147,8 @@ class Sync:
             self._follow(everything)
         except StoppedError:
             pass
-        except exception.FastbootError as error:
-            self.error = str(error)
+        except Exception as error:
+            self.error = str(error) or repr(error)
             self._everything |= everything
             raise
         else:

@@ -207,6 +207,15 @@ def test_one_object_that_cannot_be_read(world, parts, kind):
     assert one.states()['image-0'] == 'ready' and not one.sync.error
 
 
+def test_errors_that_nobody_expects_are_told(parts, monkeypatch):
+    one = parts()
+    monkeypatch.setattr(one.host.mirror, 'refresh', lambda: {}['none'])
+    one.sync.everything()
+    with pytest.raises(KeyError):
+        one.sync._step()
+    assert one.sync.error == "'none'"
+
+
 def test_a_repository_that_goes_away_in_the_middle(world, parts,
                                                    monkeypatch):
     """Not each image finds that out."""
