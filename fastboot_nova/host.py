@@ -498,8 +498,9 @@ class Host:
 
         :param progress: told the plain bytes as they come.
         :param pace: told the plain bytes that come next; may wait.
-        :returns: whether the image is complete.
+        :returns: whether the image is complete; else it was cancelled.
         :raises NotFound: it has no slot here, or was evicted meanwhile.
+        :raises Corrupt: its slot cannot be completed.
         """
         one, image = self.find(image_id)
         found = self.mirror.read_manifest(image.manifest)
@@ -526,7 +527,15 @@ class Host:
                 if progress:
                     progress(size)
             filling.result()
-        return one.complete(image_id)
+        if not one.complete(image_id):
+            if one.slot_of(image_id) is not target:
+                raise exception.NotFound(
+                    f'image {image_id} was evicted meanwhile')
+            raise exception.Corrupt(
+                f'image {image_id}: its slot in {one.path} lacks blocks that '
+                f'the image does not have; move its servers away and evict '
+                f'it')
+        return True
 
     def data_bytes(self, image: journal.Image) -> int:
         """Bytes of an image that are not zeros, in whole blocks."""

@@ -356,6 +356,33 @@ def test_hydration_yields_to_what_is_asked_for(world, parts, monkeypatch):
     assert order == ['large', 'small', 'large']
 
 
+def test_a_slot_that_cannot_be_completed(world, parts):
+    """It does not keep others waiting."""
+    world.publish('holes', disk(100 * 4096, 6, zeros=.5), range(4))
+    one = parts()
+    one.host.sync()
+    for image_id in ('holes', 'image-0'):
+        one.host.acquire(image_id, 'guest')
+    found, _ = one.host.find('holes')
+    target = found.slot_of('holes')
+    _first, entries = next(target.chunks())
+    zero = int((entries == 1).argmax())
+    os.pwrite(found._fd, bytes(8), int(target._tables[0]) + zero * 8)
+    tries, real = [], one.hydrator._try
+
+    def try_(image_id):
+        tries.append(image_id)
+        if len(tries) > 9:
+            one.hydrator.worker.stop()
+        real(image_id)
+
+    one.hydrator._try = try_
+    one.hydrator._step()
+    assert sorted(tries) == ['holes', 'image-0']
+    assert one.states()['image-0'] == 'complete'
+    assert 'lacks blocks' in one.row('holes')['error']
+
+
 def test_the_rate_of_hydration(world, parts, monkeypatch):
     """Asked for before each image: the network may be another by then."""
     one = parts()
