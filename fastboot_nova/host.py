@@ -285,7 +285,10 @@ class Host:
 
         :param evicted: told of what left a volume.
         :returns: bytes freed.
+        :raises FastbootError: something of an image could not be read; it
+            was kept, and what it may need of the mirror.
         """
+        errors: list[exception.FastbootError] = []
         with self.mirror.following:
             images = self.mirror.state.images
             keep = {image.manifest for image in images.values()}
@@ -294,14 +297,19 @@ class Host:
             for one in opened:
                 for image in one.images().values():
                     current = images.get(image.image_id)
-                    if current and current.serial == image.serial:
-                        self._follow(one, image, current)
-                    elif self._drop(one, image.image_id, evicted):
-                        continue
+                    try:
+                        if current and current.serial == image.serial:
+                            self._follow(one, image, current)
+                        elif self._drop(one, image.image_id, evicted):
+                            continue
+                    except exception.FastbootError as error:
+                        errors.append(error)
                     keep.add(image.manifest)
-            if damaged:
-                return freed
-            return freed + self.mirror.prune(keep)
+            if not damaged:
+                freed += self.mirror.prune(keep)
+        if errors:
+            raise errors[0]
+        return freed
 
     def _drop(self, one: volume.Volume, image_id: str,
               evicted: Evicted) -> bool:

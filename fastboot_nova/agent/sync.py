@@ -176,9 +176,8 @@ class Sync:
         try:
             self._host.drop_gone(self._evicted)
             self._dropped = state.version
-        except (exception.Corrupt, exception.NotFound) as error:
-            # What that manifest needs is not known: all is kept.
-            LOG.warning('nothing is dropped: %s', error)
+        except exception.FastbootError as error:
+            LOG.warning('not all that is gone is dropped: %s', error)
 
     def _drop_is_due(self, state: journal.State) -> bool:
         return state.version != self._dropped or any(
@@ -227,6 +226,10 @@ class Sync:
                     # Another image's transfer has a pack that is ours, too.
                     if not self.worker.pause(1):
                         raise StoppedError from None
+            else:
+                raise exception.Busy(
+                    f'image {image.image_id}: others are still fetching a '
+                    f'pack of it')
         LOG.info('image %s is here', image.image_id)
 
     @contextlib.contextmanager

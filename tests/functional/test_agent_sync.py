@@ -15,6 +15,7 @@ from fastboot_common import exception, journal
 from fastboot_common.store import throttle
 from fastboot_nova import host
 from fastboot_nova.agent import (
+    bus,
     hydrate,
     memory,
     metrics,
@@ -207,6 +208,30 @@ def test_one_object_that_cannot_be_read(world, parts, kind):
     assert one.states()['image-0'] == 'ready' and not one.sync.error
 
 
+def test_a_pack_that_others_never_have(parts, monkeypatch):
+    monkeypatch.setattr(sync, '_BUSY', 2)
+    one = parts()
+
+    def pull(image, tell):
+        raise exception.Busy('fetched already')
+
+    monkeypatch.setattr(one.host.mirror, 'pull', pull)
+    one.sync.worker.pause = lambda seconds: True
+    one.sync.everything()
+    one.sync._step()
+    assert 'still fetching' in one.row('image-0')['error']
+
+
+@pytest.mark.parametrize('version', [10 ** 400, 1 << 31, True, '1'],
+                         ids=['huge', 'large', 'bool', 'text'])
+def test_versions_that_make_no_sense(parts, version):
+    one = parts()
+    bus.Endpoint(one.sync).announce({}, version)
+    assert one.sync.heard == 0
+    bus.Endpoint(one.sync).announce({}, 2)
+    assert one.sync.heard == 2
+
+
 def test_errors_that_nobody_expects_are_told(parts, monkeypatch):
     one = parts()
     monkeypatch.setattr(one.host.mirror, 'refresh', lambda: {}['none'])
@@ -273,6 +298,35 @@ def test_deregistered(world, parts):
     one.host.release('image-0', 'guest')
     one.sync.worker.wake()
     wait_for(lambda: one.evicted == ['image-1', 'image-0'])
+
+
+def test_a_deregistered_image_beside_one_that_cannot_be_read(
+        world, parts, monkeypatch):
+    """The repacked image is followed when its manifest can be read."""
+    one = parts()
+    one.sync.everything()
+    one.sync._step()
+    for image_id in ('image-0', 'image-1'):
+        one.host.acquire(image_id, 'guest')
+        one.host.release(image_id, 'guest')
+    world.repository.remove('image-1')
+    real, failing = one.host._follow, [exception.Unavailable('cut off')]
+
+    def follow(*args):
+        if args[1].image_id == 'image-0' and failing:
+            raise failing.pop()
+        real(*args)
+
+    monkeypatch.setattr(one.host, '_follow', follow)
+    world.publish('image-3', disk(90 * 4096, 9), range(9))
+    one.sync.everything()
+    one.sync._step()
+    assert one.evicted == ['image-1']
+    assert one.states()['image-3'] == 'ready'
+    assert one.sync._dropped < one.sync.version, 'tried again'
+    one.sync.everything()
+    one.sync._step()
+    assert one.sync._dropped == one.sync.version
 
 
 def test_an_id_that_is_used_again(world, parts):
