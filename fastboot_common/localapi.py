@@ -104,7 +104,6 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def _serve(self, default: str) -> None:
         """Any error is an answer."""
-        self.server.work(self.connection)
         length = self.headers.get('Content-Length', default)
         limit = self._body_limit()
         if (not re.fullmatch('[0-9]{1,9}', length)
@@ -116,6 +115,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                                  f'most {limit} bytes')
             return
         raw = self.rfile.read(int(length))
+        if len(raw) < int(length):
+            self.close_connection = True
+            return
+        self.server.work(self.connection)
         try:
             route, groups = self._find()
             body = _parse(raw) if self.command == 'POST' else {}
@@ -215,12 +218,12 @@ class _Listener(socketserver.ThreadingUnixStreamServer):
             places.release()
 
     def rest(self, connection: socket.socket) -> None:
-        """A connection waits for its next request."""
+        """A connection waits for its next request, or for the rest of it."""
         with self._lock:
             self._resting.add(connection)
 
     def work(self, connection: socket.socket) -> None:
-        """A request came."""
+        """A request came, all of it."""
         with self._lock:
             self._resting.discard(connection)
 

@@ -265,9 +265,13 @@ class Host:
                 progress, image.name or image.image_id) if progress else None
             try:
                 fetched += self.mirror.pull(image, tell)
-            except (exception.Corrupt, exception.NotFound) as error:
+            except exception.NoSpace:
+                raise
+            except exception.FastbootError as error:
                 LOG.error('image %s: %s', image.image_id, error)
                 failed[image.image_id] = str(error)
+                if isinstance(error, exception.Unavailable):
+                    self.mirror.refresh()  # else all are
         # What a manifest that cannot be read needs is not known.
         freed = 0 if failed else self.drop_gone()
         return Synced(state.version, len(wanted), fetched, freed, failed)
@@ -281,7 +285,10 @@ class Host:
 
         :param evicted: told of what left a volume.
         :returns: bytes freed.
+        :raises FastbootError: something of an image could not be read; it
+            was kept, and what it may need of the mirror.
         """
+        errors: list[exception.FastbootError] = []
         with self.mirror.following:
             images = self.mirror.state.images
             keep = {image.manifest for image in images.values()}
@@ -290,14 +297,19 @@ class Host:
             for one in opened:
                 for image in one.images().values():
                     current = images.get(image.image_id)
-                    if current and current.serial == image.serial:
-                        self._follow(one, image, current)
-                    elif self._drop(one, image.image_id, evicted):
-                        continue
+                    try:
+                        if current and current.serial == image.serial:
+                            self._follow(one, image, current)
+                        elif self._drop(one, image.image_id, evicted):
+                            continue
+                    except exception.FastbootError as error:
+                        errors.append(error)
                     keep.add(image.manifest)
-            if damaged:
-                return freed
-            return freed + self.mirror.prune(keep)
+            if not damaged:
+                freed += self.mirror.prune(keep)
+        if errors:
+            raise errors[0]
+        return freed
 
     def _drop(self, one: volume.Volume, image_id: str,
               evicted: Evicted) -> bool:
@@ -494,8 +506,9 @@ class Host:
 
         :param progress: told the plain bytes as they come.
         :param pace: told the plain bytes that come next; may wait.
-        :returns: whether the image is complete.
+        :returns: whether the image is complete; else it was cancelled.
         :raises NotFound: it has no slot here, or was evicted meanwhile.
+        :raises Corrupt: its slot cannot be completed.
         """
         one, image = self.find(image_id)
         found = self.mirror.read_manifest(image.manifest)
@@ -522,7 +535,15 @@ class Host:
                 if progress:
                     progress(size)
             filling.result()
-        return one.complete(image_id)
+        if not one.complete(image_id):
+            if one.slot_of(image_id) is not target:
+                raise exception.NotFound(
+                    f'image {image_id} was evicted meanwhile')
+            raise exception.Corrupt(
+                f'image {image_id}: its slot in {one.path} lacks blocks that '
+                f'the image does not have; move its servers away and evict '
+                f'it')
+        return True
 
     def data_bytes(self, image: journal.Image) -> int:
         """Bytes of an image that are not zeros, in whole blocks."""

@@ -2,7 +2,8 @@
 """A host's copy of the repository: journal state, manifests, boot sets.
 
 Everything that came over the network is checked before it is kept, and
-checked again when it is read: a frame that lacks or rotted is fetched anew.
+checked again when it is read: a frame that lacks or rotted is fetched anew,
+and so is a file that the disk cannot read any more.
 """
 
 import collections
@@ -15,7 +16,7 @@ import logging
 import os
 import pathlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Final
 
 import numpy as np
@@ -32,6 +33,7 @@ from fastboot_common import (
     signing,
     store,
 )
+from fastboot_common.store.files import explained
 
 LOG = logging.getLogger(__name__)
 
@@ -115,7 +117,7 @@ class Mirror:
             return journal.State.from_json(path.read_bytes(), str(path))
         except FileNotFoundError:
             return journal.State()
-        except exception.Corrupt as error:
+        except (exception.Corrupt, OSError) as error:
             LOG.warning('%s: reading the whole journal again', error)
             return journal.State()
 
@@ -174,8 +176,10 @@ class Mirror:
     def _local_manifest(self, digest: str) -> manifest.Manifest:
         """:raises NotFound: it is not here.
         :raises Corrupt: it is damaged here."""
+        path = self._path('manifests', digest)
         try:
-            data = self._path('manifests', digest).read_bytes()
+            with self._readable(path):
+                data = path.read_bytes()
         except FileNotFoundError:
             raise exception.NotFound(
                 f'manifest {digest} is not here') from None
@@ -186,7 +190,7 @@ class Mirror:
         try:
             return (self.path / 'ready' / image.image_id
                     ).read_bytes() == image.manifest.encode()
-        except FileNotFoundError:
+        except OSError:
             return False
 
     def pull(self, image: journal.Image,
@@ -230,7 +234,7 @@ class Mirror:
         if _cost(ref, frames) == ref.size:
             files.make_directory(whole.parent)
             self.source.fetch(store.object_name('packs', ref.digest), whole,
-                              ref.digest, progress)
+                              ref.digest, ref.size, progress)
             files.remove(self._path('partial', ref.digest))
             return ref.size
         total = 0
@@ -360,7 +364,7 @@ class Mirror:
     def _is_local(self, frame: Frame) -> bool:
         try:
             data = self._read_local(frame.ref, *frame.extent)
-        except exception.NotFound:
+        except (exception.Corrupt, exception.NotFound):
             return False
         return frame.index.intact(frame.number, data)
 
@@ -371,8 +375,12 @@ class Mirror:
             store.object_name('packs', ref.digest), offset,
             sum(group[-1].extent) - offset,
             lambda data: _check_frames(group, data))
-        if keep or self._path('packs', ref.digest).exists():
+        if keep:
             self._write_local(ref, offset, data)
+        elif self._path('packs', ref.digest).exists():
+            # Whoever waits for the bytes has them, mended or not.
+            with contextlib.suppress(exception.FastbootError):
+                self._write_local(ref, offset, data)
         return _split(group, data)
 
     def _path(self, kind: str, digest: str) -> pathlib.Path:
@@ -384,31 +392,50 @@ class Mirror:
 
     def _read_local(self, ref: pack.PackRef, offset: int,
                     length: int) -> bytes:
+        path = self._local(ref.digest)
         try:
-            fd = os.open(self._local(ref.digest), os.O_RDONLY | os.O_CLOEXEC)
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
             raise exception.NotFound(
                 f'pack {ref.digest} is not here') from None
         try:
-            return os.pread(fd, length, offset)
+            with self._readable(path):
+                return os.pread(fd, length, offset)
         finally:
             os.close(fd)
 
+    @contextlib.contextmanager
+    def _readable(self, path: pathlib.Path) -> Iterator[None]:
+        """A file that the disk cannot read is deleted: to write a part of it
+        would read it again. A pull brings it anew.
+
+        :raises Corrupt: that happened.
+        """
+        try:
+            yield
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            LOG.error('%s: %s; it is fetched anew', path, error.strerror)
+            # It may be read-only by now.
+            with contextlib.suppress(OSError):
+                self._delete(path)
+                # Who needs it, is not known without reading more.
+                for mark in files.listed(self.path / 'ready', '*'):
+                    mark.unlink(missing_ok=True)
+            raise exception.Corrupt(f'{path}: {error.strerror}') from error
+
     def _write_local(self, ref: pack.PackRef, offset: int,
                      data: bytes) -> None:
-        fd = self._open_local(ref.digest)
-        try:
-            if os.fstat(fd).st_size < ref.size:
-                os.ftruncate(fd, ref.size)
-            blocks.write_exactly(fd, data, offset)
-            os.fdatasync(fd)
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise exception.NoSpace(
-                    f'pack {ref.digest}: {error}') from error
-            raise
-        finally:
-            os.close(fd)
+        with explained(f'pack {ref.digest} in {self.path}'):
+            fd = self._open_local(ref.digest)
+            try:
+                if os.fstat(fd).st_size < ref.size:
+                    os.ftruncate(fd, ref.size)
+                blocks.write_exactly(fd, data, offset)
+                os.fdatasync(fd)
+            finally:
+                os.close(fd)
 
     def _open_local(self, digest: str) -> int:
         """Open a pack to be written; a whole one is never made."""

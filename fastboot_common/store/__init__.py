@@ -124,7 +124,7 @@ class ReadStore(Protocol):
         :raises NotFound: there is no such object.
         """
 
-    def fetch(self, name: str, path: pathlib.Path, digest: str,
+    def fetch(self, name: str, path: pathlib.Path, digest: str, size: int,
               progress: Progress | None = None) -> None:
         """Bring a whole object to the file `path`, checked.
 
@@ -133,6 +133,8 @@ class ReadStore(Protocol):
         with the right content, synced.
 
         :param digest: sha256 that the bytes must have.
+        :param size: how many they must be; more are not taken, whatever the
+            store says.
         :raises NotFound: there is no such object.
         :raises Corrupt: the bytes are others; the partial file is gone.
         :raises NoSpace: no room for the file; the partial file is kept.

@@ -25,8 +25,8 @@ Source = Callable[[int], Iterator[bytes]]
 _PIECE: Final = 1 << 20
 
 
-def download(name: str, path: pathlib.Path, digest: str, source: Source,
-             progress: Progress | None = None) -> None:
+def download(name: str, path: pathlib.Path, digest: str, size: int,
+             source: Source, progress: Progress | None = None) -> None:
     """See :meth:`fastboot_common.store.ReadStore.fetch`.
 
     :param name: the object, for messages.
@@ -37,24 +37,26 @@ def download(name: str, path: pathlib.Path, digest: str, source: Source,
     with (files.explained(f'{part} for {name}', exception.Invalid),
           _locked(part) as file):
         try:
-            _complete(name, file, digest, source, progress)
+            _complete(name, file, digest, size, source, progress)
         except (exception.NotFound, exception.Corrupt):
             os.unlink(part)
             raise
         _publish(file, part, path)
 
 
-def _complete(name: str, file: int, digest: str, source: Source,
+def _complete(name: str, file: int, digest: str, size: int, source: Source,
               progress: Progress | None) -> None:
     """Fill `file` from `source`.
 
     :raises Corrupt: it has not the right content then.
     """
     hasher = hashlib.sha256()
-    kept = _hash(file, hasher)
+    if os.fstat(file).st_size > size:
+        os.ftruncate(file, size)
+    kept = _hash(name, file, hasher)
     if kept and hasher.hexdigest() == digest:
         return
-    _append(file, hasher, source(kept), progress)
+    _append(file, hasher, _bounded(name, source(kept), size - kept), progress)
     if kept and hasher.hexdigest() != digest:
         # The part was not synced: a crash of the host may have damaged it,
         # which is not the store's fault.
@@ -63,7 +65,7 @@ def _complete(name: str, file: int, digest: str, source: Source,
         os.lseek(file, 0, os.SEEK_SET)
         os.ftruncate(file, 0)
         hasher = hashlib.sha256()
-        _append(file, hasher, source(0), progress)
+        _append(file, hasher, _bounded(name, source(0), size), progress)
     if hasher.hexdigest() != digest:
         raise exception.Corrupt(
             f'{name}: the bytes do not have the digest {digest}; restore the '
@@ -102,13 +104,36 @@ def _is_at(file: int, path: pathlib.Path) -> bool:
         return False
 
 
-def _hash(file: int, hasher: 'hashlib._Hash') -> int:
-    """Hash `file` from its start to its end and return its length."""
+def _hash(name: str, file: int, hasher: 'hashlib._Hash') -> int:
+    """Hash `file` from its start to its end and return its length.
+
+    :raises Corrupt: the disk cannot read it any more.
+    """
     length = 0
-    while data := os.read(file, _PIECE):
-        hasher.update(data)
-        length += len(data)
+    try:
+        while data := os.read(file, _PIECE):
+            hasher.update(data)
+            length += len(data)
+    except OSError as error:
+        raise exception.Corrupt(
+            f'{name}: what came of it earlier cannot be read: '
+            f'{error.strerror}; all of it is fetched again') from error
     return length
+
+
+def _bounded(name: str, pieces: Iterator[bytes],
+             room: int) -> Iterator[bytes]:
+    """`pieces`, which a store that never ends would fill the disk with.
+
+    :raises Corrupt: they have more than `room` bytes.
+    """
+    for data in pieces:
+        room -= len(data)
+        if room < 0:
+            raise exception.Corrupt(
+                f'{name} is longer than it must be; restore the object or '
+                f'use another source')
+        yield data
 
 
 def _append(file: int, hasher: 'hashlib._Hash', pieces: Iterator[bytes],

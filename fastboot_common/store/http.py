@@ -185,9 +185,9 @@ class HttpStore:
     def size(self, name: str) -> int:
         return self._patiently(name, lambda: self._size(name))
 
-    def fetch(self, name: str, path: pathlib.Path, digest: str,
+    def fetch(self, name: str, path: pathlib.Path, digest: str, size: int,
               progress: Progress | None = None) -> None:
-        download(self._what(validate_name(name)), path, digest,
+        download(self._what(validate_name(name)), path, digest, size,
                  lambda offset: self._pieces(name, offset), progress)
 
     def _get(self, name: str, limit: int) -> bytes:

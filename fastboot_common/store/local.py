@@ -74,9 +74,9 @@ class LocalStore:
         with self._open(name) as (_file, size):
             return size
 
-    def fetch(self, name: str, path: pathlib.Path, digest: str,
+    def fetch(self, name: str, path: pathlib.Path, digest: str, size: int,
               progress: Progress | None = None) -> None:
-        download(self._what(validate_name(name)), path, digest,
+        download(self._what(validate_name(name)), path, digest, size,
                  lambda offset: self._pieces(name, offset), progress)
 
     def _pieces(self, name: str, offset: int) -> Iterator[bytes]:

@@ -141,22 +141,22 @@ class StripedStore:
     def size(self, name: str) -> int:
         return self._any(name, 0, lambda one: one.size(name))
 
-    def fetch(self, name: str, path: pathlib.Path, digest: str,
+    def fetch(self, name: str, path: pathlib.Path, digest: str, size: int,
               progress: Progress | None = None) -> None:
         validate_name(name)
         try:
-            download(f'{name} in {self}', path, digest,
-                     lambda offset: self._pieces(name, offset), progress)
+            download(f'{name} in {self}', path, digest, size,
+                     lambda offset: self._pieces(name, offset, size),
+                     progress)
         except exception.Corrupt as error:
             # Which place it was, its pieces do not tell.
             LOG.warning('%s; fetching all of it from one', error)
             self._any(name, 0, lambda one: one.fetch(
-                name, path, digest, progress))
+                name, path, digest, size, progress))
 
-    def _pieces(self, name: str, offset: int) -> Iterator[bytes]:
-        """The bytes from `offset` to the end, read at all places at once."""
-        total = self.size(name)
-        starts = iter(range(offset, total, _PIECE))
+    def _pieces(self, name: str, offset: int, end: int) -> Iterator[bytes]:
+        """The bytes from `offset` to `end`, read at all places at once."""
+        starts = iter(range(offset, end, _PIECE))
         coming: collections.deque[
             concurrent.futures.Future[bytes]] = collections.deque()
         try:
@@ -166,7 +166,7 @@ class StripedStore:
                     if start is None:
                         break
                     coming.append(self._pool.submit(
-                        self.read, name, start, min(_PIECE, total - start)))
+                        self.read, name, start, min(_PIECE, end - start)))
                 if not coming:
                     return
                 yield coming.popleft().result()

@@ -20,6 +20,8 @@ LOG = logging.getLogger(__name__)
 _NOTIFICATIONS: Final = 1000
 _IMAGES: Final = 1000
 _OBSERVATIONS: Final = 16
+#: More than any version.
+_VERSIONS: Final = 1 << 31
 
 
 class Endpoint:
@@ -37,7 +39,7 @@ class Endpoint:
     @oslo_messaging.expose
     def announce(self, context: dict[str, Any], version: Any) -> None:
         """The repository has a new version."""
-        if type(version) is int:
+        if type(version) is int and version < _VERSIONS:
             self._sync.announce(version)
             if self._microvms:
                 self._microvms.look()

@@ -362,8 +362,8 @@ class Microvms:
                 self._follow_to(found, prompt)
         except StoppedError:
             pass
-        except exception.FastbootError as error:
-            self.error = str(error)
+        except Exception as error:
+            self.error = str(error) or repr(error)
             raise
         else:
             self.error = ''

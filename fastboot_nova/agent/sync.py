@@ -147,8 +147,8 @@ class Sync:
             self._follow(everything)
         except StoppedError:
             pass
-        except exception.FastbootError as error:
-            self.error = str(error)
+        except Exception as error:
+            self.error = str(error) or repr(error)
             self._everything |= everything
             raise
         else:
@@ -163,10 +163,11 @@ class Sync:
         self.errors = {key: words for key, words in self.errors.items()
                        if key in state.images}
         self._drop(state)
-        for image in sorted(state.images.values(),
-                            key=lambda one: one.serial):
-            if everything or self._times.is_open():
-                self._try(image)
+        failed = [self._try(image) for image in sorted(
+            state.images.values(), key=lambda one: one.serial)
+            if everything or self._times.is_open()]
+        for error in filter(None, failed):
+            raise error
 
     def _drop(self, state: journal.State) -> None:
         """Let go what is not registered any more."""
@@ -175,9 +176,8 @@ class Sync:
         try:
             self._host.drop_gone(self._evicted)
             self._dropped = state.version
-        except (exception.Corrupt, exception.NotFound) as error:
-            # What that manifest needs is not known: all is kept.
-            LOG.warning('nothing is dropped: %s', error)
+        except exception.FastbootError as error:
+            LOG.warning('not all that is gone is dropped: %s', error)
 
     def _drop_is_due(self, state: journal.State) -> bool:
         return state.version != self._dropped or any(
@@ -186,18 +186,25 @@ class Sync:
             for one in self._host.volumes()
             for image in one.images().values())
 
-    def _try(self, image: journal.Image) -> None:
-        """Bring an image; one that is damaged does not keep others away.
+    def _try(self, image: journal.Image) -> exception.FastbootError | None:
+        """Bring an image; one that fails does not keep others away.
 
-        :raises Unavailable: the repository is out of reach.
+        :returns: a failure to be tried again sooner than at the next look.
+        :raises Unavailable: all of the repository is out of reach.
         """
+        if self.worker.stopping():
+            raise StoppedError
         try:
             self._pull(image, self.limit)
         except (exception.Corrupt, exception.NotFound, exception.NoSpace,
                 exception.Busy):
-            return  # noted, and tried again at the next look
+            return None  # noted
+        except exception.FastbootError as error:
+            self._host.mirror.refresh()
+            return error
         if self._eager:
             self._thaw(image)
+        return None
 
     def _pull(self, image: journal.Image,
               limit: throttle.Throttle | None) -> None:
@@ -219,6 +226,10 @@ class Sync:
                     # Another image's transfer has a pack that is ours, too.
                     if not self.worker.pause(1):
                         raise StoppedError from None
+            else:
+                raise exception.Busy(
+                    f'image {image.image_id}: others are still fetching a '
+                    f'pack of it')
         LOG.info('image %s is here', image.image_id)
 
     @contextlib.contextmanager
@@ -260,13 +271,11 @@ class Sync:
 
     def _thaw(self, image: journal.Image) -> None:
         """Put it into its volume, if nothing must go for it."""
-        found = self._host.mirror.read_manifest(image.manifest)
-        if self._host.is_thawed(image) or not self._room.is_roomy(
-                len(found.boot) * self._host.mirror.block_size):
-            return
         try:
-            self._host.thaw(image)
-        except (exception.NoSpace, exception.NotFound, exception.Invalid,
-                exception.Busy, exception.Corrupt) as error:
+            found = self._host.mirror.read_manifest(image.manifest)
+            if not self._host.is_thawed(image) and self._room.is_roomy(
+                    len(found.boot) * self._host.mirror.block_size):
+                self._host.thaw(image)
+        except exception.FastbootError as error:
             LOG.warning('image %s is not thawed yet: %s', image.image_id,
                         error)

@@ -21,7 +21,7 @@ from disks import (
     write_raw,
 )
 
-from fastboot_common import chain, exception, volume  # noqa: E402
+from fastboot_common import chain, exception, store, volume  # noqa: E402
 from fastboot_common.store.local import LocalStore  # noqa: E402
 from fastboot_nova.host import Host  # noqa: E402
 
@@ -35,16 +35,18 @@ class CountingStore(LocalStore):
     """Counts the bytes of packs that are read.
 
     :ivar broken: names that cannot be read; None: none can.
+    :ivar error: what is raised then.
     """
 
     def __init__(self, path):
         super().__init__(path)
         self.bytes = 0
         self.broken = ()
+        self.error = exception.Unavailable
 
     def _guard(self, name):
         if self.broken is None or name in self.broken:
-            raise exception.Unavailable(f'{name}: out of reach')
+            raise self.error(f'{name}: out of reach')
 
     def get(self, name, limit=64 << 20, check=None):
         self._guard(name)
@@ -56,9 +58,9 @@ class CountingStore(LocalStore):
         self.bytes += length
         return data
 
-    def fetch(self, name, path, digest, progress=None):
+    def fetch(self, name, path, *args, **options):
         self._guard(name)
-        super().fetch(name, path, digest, progress)
+        super().fetch(name, path, *args, **options)
         self.bytes += path.stat().st_size
 
 
@@ -73,6 +75,13 @@ class World:
         self.data = {}
         if not (path / 'repo').exists():
             make_repository(path / 'repo', block_size)
+
+    def packs(self, image_id):
+        """Names of the packs of an image."""
+        found = self.repository
+        return [store.object_name('packs', ref.digest)
+                for ref in found.read_manifest(
+                    found.image(image_id).manifest).packs]
 
     @property
     def repository(self):

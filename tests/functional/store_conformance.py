@@ -34,6 +34,8 @@ def pack_name(data):
 
 
 PACK = pack_name(CONTENT)
+#: What `fetch` must bring.
+WHOLE = digest_of(CONTENT), len(CONTENT)
 ABSENT = store.object_name('packs', 'ab' * 32)
 BAD_NAMES = ['', '.', '..', '/etc/passwd', '../config.json', 'tmp/x',
              'packs/../config.json', 'config.json/', f'{PACK}.part']
@@ -103,7 +105,7 @@ class ReadTests:
                      lambda: subject.read(ABSENT, 0, 0),
                      lambda: subject.size(ABSENT),
                      lambda: subject.fetch(
-                         ABSENT, tmp_path / 'f', 'ab' * 32)):
+                         ABSENT, tmp_path / 'f', 'ab' * 32, 9)):
             with pytest.raises(exception.NotFound, match=ABSENT):
                 call()
         assert not (tmp_path / 'f').exists()
@@ -116,7 +118,7 @@ class ReadTests:
         for call in (lambda: subject.get(name),
                      lambda: subject.read(name, 0, 1),
                      lambda: subject.size(name),
-                     lambda: subject.fetch(name, path, 'ab' * 32)):
+                     lambda: subject.fetch(name, path, 'ab' * 32, 9)):
             with pytest.raises(exception.Invalid):
                 call()
         assert not part_of(path).exists()
@@ -125,7 +127,7 @@ class ReadTests:
         subject, put = readable
         put(PACK, CONTENT)
         path, steps = tmp_path / 'f', []
-        subject.fetch(PACK, path, digest_of(CONTENT), steps.append)
+        subject.fetch(PACK, path, *WHOLE, steps.append)
         assert path.read_bytes() == CONTENT
         assert sum(steps) == len(CONTENT)
         assert os.listdir(tmp_path) == ['f']
@@ -136,7 +138,7 @@ class ReadTests:
         put(PACK, CONTENT)
         path = tmp_path / 'f'
         path.write_bytes(b'older')
-        subject.fetch(PACK, path, digest_of(CONTENT))
+        subject.fetch(PACK, path, *WHOLE)
         assert path.read_bytes() == CONTENT
 
     def test_fetch_of_wrong_bytes(self, readable, tmp_path):
@@ -145,7 +147,7 @@ class ReadTests:
         path = tmp_path / 'f'
         path.write_bytes(b'older')
         with pytest.raises(exception.Corrupt, match=PACK):
-            subject.fetch(PACK, path, digest_of(CONTENT))
+            subject.fetch(PACK, path, *WHOLE)
         assert path.read_bytes() == b'older'
         assert not part_of(path).exists()
 
@@ -153,8 +155,18 @@ class ReadTests:
         subject, put = readable
         put(PACK, CONTENT[:-1])
         with pytest.raises(exception.Corrupt, match=PACK):
-            subject.fetch(PACK, tmp_path / 'f', digest_of(CONTENT))
+            subject.fetch(PACK, tmp_path / 'f', *WHOLE)
         assert os.listdir(tmp_path) == []
+
+    def test_fetch_of_a_lengthened_object(self, readable, tmp_path):
+        subject, put = readable
+        put(PACK, CONTENT + bytes(9 << 20))
+        path, steps = tmp_path / 'f', []
+        with contextlib.suppress(exception.Corrupt):
+            subject.fetch(PACK, path, *WHOLE, steps.append)
+            assert path.read_bytes() == CONTENT
+        assert sum(steps) <= len(CONTENT)
+        assert not part_of(path).exists()
 
     @pytest.mark.parametrize('kept', [1, 4096, 700_001, len(CONTENT) - 1])
     def test_fetch_continues(self, readable, tmp_path, kept):
@@ -162,16 +174,17 @@ class ReadTests:
         put(PACK, CONTENT)
         path, steps = tmp_path / 'f', []
         part_of(path).write_bytes(CONTENT[:kept])
-        subject.fetch(PACK, path, digest_of(CONTENT), steps.append)
+        subject.fetch(PACK, path, *WHOLE, steps.append)
         assert path.read_bytes() == CONTENT
         assert sum(steps) == len(CONTENT) - kept
 
-    def test_fetch_finds_all_there(self, readable, tmp_path):
+    @pytest.mark.parametrize('more', [b'', b'more'])
+    def test_fetch_finds_all_there(self, readable, tmp_path, more):
         subject, put = readable
         put(PACK, CONTENT)
         path, steps = tmp_path / 'f', []
-        part_of(path).write_bytes(CONTENT)
-        subject.fetch(PACK, path, digest_of(CONTENT), steps.append)
+        part_of(path).write_bytes(CONTENT + more)
+        subject.fetch(PACK, path, *WHOLE, steps.append)
         assert path.read_bytes() == CONTENT
         assert steps == []
 
@@ -185,7 +198,7 @@ class ReadTests:
         put(PACK, CONTENT)
         path = tmp_path / 'f'
         part_of(path).write_bytes(part)
-        subject.fetch(PACK, path, digest_of(CONTENT))
+        subject.fetch(PACK, path, *WHOLE)
         assert path.read_bytes() == CONTENT
         assert os.listdir(tmp_path) == ['f']
 
@@ -198,11 +211,11 @@ class ReadTests:
             raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
-            subject.fetch(PACK, path, digest_of(CONTENT), cancel)
+            subject.fetch(PACK, path, *WHOLE, cancel)
         kept = part_of(path).stat().st_size
         assert kept > 0 and not path.exists()
         steps = []
-        subject.fetch(PACK, path, digest_of(CONTENT), steps.append)
+        subject.fetch(PACK, path, *WHOLE, steps.append)
         assert path.read_bytes() == CONTENT
         assert sum(steps) == len(CONTENT) - kept
 
@@ -210,7 +223,7 @@ class ReadTests:
         subject, put = readable
         put(PACK, CONTENT)
         with pytest.raises(exception.Invalid, match=PACK):
-            subject.fetch(PACK, tmp_path / 'no' / 'f', digest_of(CONTENT))
+            subject.fetch(PACK, tmp_path / 'no' / 'f', *WHOLE)
 
     def test_fetch_does_not_follow_a_link(self, readable, tmp_path):
         subject, put = readable
@@ -219,7 +232,7 @@ class ReadTests:
         victim.write_bytes(b'precious')
         part_of(tmp_path / 'f').symlink_to(victim)
         with pytest.raises(exception.Invalid, match=PACK):
-            subject.fetch(PACK, tmp_path / 'f', digest_of(CONTENT))
+            subject.fetch(PACK, tmp_path / 'f', *WHOLE)
         assert victim.read_bytes() == b'precious'
 
     def test_only_one_fetches_to_a_path(self, readable, tmp_path):
@@ -230,10 +243,10 @@ class ReadTests:
         def another(count):
             if not met:
                 with pytest.raises(exception.Busy) as raised:
-                    subject.fetch(PACK, path, digest_of(CONTENT))
+                    subject.fetch(PACK, path, *WHOLE)
                 met.append(raised.value)
 
-        subject.fetch(PACK, path, digest_of(CONTENT), another)
+        subject.fetch(PACK, path, *WHOLE, another)
         assert met and path.read_bytes() == CONTENT
 
     def test_many_fetch_to_a_path(self, readable, tmp_path):
@@ -244,7 +257,7 @@ class ReadTests:
         def fetch():
             for _ in range(5):
                 with contextlib.suppress(exception.Busy):
-                    subject.fetch(PACK, path, digest_of(CONTENT))
+                    subject.fetch(PACK, path, *WHOLE)
                     assert path.read_bytes() == CONTENT
 
         together(fetch, 6)
@@ -266,7 +279,7 @@ class ReadTests:
                 assert (subject.read(name, offset, 9000)
                         == data[offset:offset + 9000])
             path = tmp_path / str(number)
-            subject.fetch(name, path, digest_of(data))
+            subject.fetch(name, path, digest_of(data), len(data))
             assert path.read_bytes() == data
 
         together(read, len(datas), numbered=True)

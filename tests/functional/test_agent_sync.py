@@ -15,6 +15,7 @@ from fastboot_common import exception, journal
 from fastboot_common.store import throttle
 from fastboot_nova import host
 from fastboot_nova.agent import (
+    bus,
     hydrate,
     memory,
     metrics,
@@ -190,6 +191,74 @@ def test_one_damaged_image(world, parts):
     assert one.row('image-1')['error'] == ''
 
 
+@pytest.mark.parametrize('kind', [exception.Unavailable, exception.Invalid])
+def test_one_object_that_cannot_be_read(world, parts, kind):
+    """A bad sector of the server, a file with wrong modes: others come."""
+    one = parts()
+    one.source.error = kind
+    one.source.broken = world.packs('image-0')
+    one.sync.everything()
+    with pytest.raises(kind, match='out of reach'):
+        one.sync._step()
+    assert one.states() == {'image-0': 'error', 'image-1': 'ready',
+                            'image-2': 'ready'}
+    assert 'out of reach' in one.sync.error
+    one.source.broken = ()
+    one.sync._step()
+    assert one.states()['image-0'] == 'ready' and not one.sync.error
+
+
+def test_a_pack_that_others_never_have(parts, monkeypatch):
+    monkeypatch.setattr(sync, '_BUSY', 2)
+    one = parts()
+
+    def pull(image, tell):
+        raise exception.Busy('fetched already')
+
+    monkeypatch.setattr(one.host.mirror, 'pull', pull)
+    one.sync.worker.pause = lambda seconds: True
+    one.sync.everything()
+    one.sync._step()
+    assert 'still fetching' in one.row('image-0')['error']
+
+
+@pytest.mark.parametrize('version', [10 ** 400, 1 << 31, True, '1'],
+                         ids=['huge', 'large', 'bool', 'text'])
+def test_versions_that_make_no_sense(parts, version):
+    one = parts()
+    bus.Endpoint(one.sync).announce({}, version)
+    assert one.sync.heard == 0
+    bus.Endpoint(one.sync).announce({}, 2)
+    assert one.sync.heard == 2
+
+
+def test_errors_that_nobody_expects_are_told(parts, monkeypatch):
+    one = parts()
+    monkeypatch.setattr(one.host.mirror, 'refresh', lambda: {}['none'])
+    one.sync.everything()
+    with pytest.raises(KeyError):
+        one.sync._step()
+    assert one.sync.error == "'none'"
+
+
+def test_a_repository_that_goes_away_in_the_middle(world, parts,
+                                                   monkeypatch):
+    """Not each image finds that out."""
+    one = parts()
+    tried = []
+
+    def pull(image, tell):
+        tried.append(image.image_id)
+        one.source.broken = None
+        raise exception.Unavailable('away')
+
+    monkeypatch.setattr(one.host.mirror, 'pull', pull)
+    one.sync.everything()
+    with pytest.raises(exception.Unavailable, match='out of reach'):
+        one.sync._step()
+    assert tried == ['image-0']
+
+
 def test_progress_and_stop_in_the_middle(world, parts):
     data = disk(9000 * 4096, 9, zeros=0)
     world.publish('large', data, range(9000))
@@ -229,6 +298,35 @@ def test_deregistered(world, parts):
     one.host.release('image-0', 'guest')
     one.sync.worker.wake()
     wait_for(lambda: one.evicted == ['image-1', 'image-0'])
+
+
+def test_a_deregistered_image_beside_one_that_cannot_be_read(
+        world, parts, monkeypatch):
+    """The repacked image is followed when its manifest can be read."""
+    one = parts()
+    one.sync.everything()
+    one.sync._step()
+    for image_id in ('image-0', 'image-1'):
+        one.host.acquire(image_id, 'guest')
+        one.host.release(image_id, 'guest')
+    world.repository.remove('image-1')
+    real, failing = one.host._follow, [exception.Unavailable('cut off')]
+
+    def follow(*args):
+        if args[1].image_id == 'image-0' and failing:
+            raise failing.pop()
+        real(*args)
+
+    monkeypatch.setattr(one.host, '_follow', follow)
+    world.publish('image-3', disk(90 * 4096, 9), range(9))
+    one.sync.everything()
+    one.sync._step()
+    assert one.evicted == ['image-1']
+    assert one.states()['image-3'] == 'ready'
+    assert one.sync._dropped < one.sync.version, 'tried again'
+    one.sync.everything()
+    one.sync._step()
+    assert one.sync._dropped == one.sync.version
 
 
 def test_an_id_that_is_used_again(world, parts):
@@ -310,6 +408,33 @@ def test_hydration_yields_to_what_is_asked_for(world, parts, monkeypatch):
     one.hydrator.worker.start()
     one.await_states(large='complete', small='complete')
     assert order == ['large', 'small', 'large']
+
+
+def test_a_slot_that_cannot_be_completed(world, parts):
+    """It does not keep others waiting."""
+    world.publish('holes', disk(100 * 4096, 6, zeros=.5), range(4))
+    one = parts()
+    one.host.sync()
+    for image_id in ('holes', 'image-0'):
+        one.host.acquire(image_id, 'guest')
+    found, _ = one.host.find('holes')
+    target = found.slot_of('holes')
+    _first, entries = next(target.chunks())
+    zero = int((entries == 1).argmax())
+    os.pwrite(found._fd, bytes(8), int(target._tables[0]) + zero * 8)
+    tries, real = [], one.hydrator._try
+
+    def try_(image_id):
+        tries.append(image_id)
+        if len(tries) > 9:
+            one.hydrator.worker.stop()
+        real(image_id)
+
+    one.hydrator._try = try_
+    one.hydrator._step()
+    assert sorted(tries) == ['holes', 'image-0']
+    assert one.states()['image-0'] == 'complete'
+    assert 'lacks blocks' in one.row('holes')['error']
 
 
 def test_the_rate_of_hydration(world, parts, monkeypatch):

@@ -87,6 +87,21 @@ def test_offline(world):
         assert right(host, world, 'image') == 0
 
 
+@pytest.mark.parametrize('kind', [exception.Unavailable, exception.Invalid])
+def test_sync_with_one_object_that_cannot_be_read(world, kind):
+    for number in range(2):
+        world.publish(f'image-{number}', disk(600 * 4096, number), range(600))
+    source = CountingStore(world.path / 'repo')
+    source.error, source.broken = kind, world.packs('image-0')
+    with world.host(source) as host:
+        assert 'out of reach' in host.sync().failed['image-0']
+        assert state_of(host, 'image-0') == 'absent'
+        assert state_of(host, 'image-1') == 'ready'
+        source.broken = ()
+        assert not host.sync().failed
+        assert state_of(host, 'image-0') == 'ready'
+
+
 def test_never_synced_and_offline(world):
     source = CountingStore(world.path / 'repo')
     source.broken = None

@@ -16,6 +16,7 @@ from store_conformance import (
     ABSENT,
     CONTENT,
     PACK,
+    WHOLE,
     ReadTests,
     digest_of,
     part_of,
@@ -134,16 +135,16 @@ def test_a_server_that_goes_and_comes_back(nginx, root, tmp_path):
     subject = HttpStore(server.url, retries=1, backoff=.01)
     path = tmp_path / 'f'
     put_file(root, PACK, CONTENT * 20)
-    digest = digest_of(CONTENT * 20)
+    whole = digest_of(CONTENT * 20), 20 * SIZE
     with pytest.raises(exception.Unavailable, match=PACK):
-        subject.fetch(PACK, path, digest, lambda count: stop_hard(server))
+        subject.fetch(PACK, path, *whole, lambda count: stop_hard(server))
     kept = part_of(path).stat().st_size
     assert 0 < kept < 20 * SIZE
     with pytest.raises(exception.Unavailable, match='Connection refused'):
         subject.get(PACK)
     server.start()
     steps = []
-    subject.fetch(PACK, path, digest, steps.append)
+    subject.fetch(PACK, path, *whole, steps.append)
     assert sum(steps) == 20 * SIZE - kept
     assert path.read_bytes() == CONTENT * 20
 
@@ -338,7 +339,7 @@ def operations(subject, tmp_path):
     path = tmp_path / 'f'
 
     def fetch():
-        subject.fetch(PACK, path, digest_of(CONTENT))
+        subject.fetch(PACK, path, *WHOLE)
         return path.read_bytes()
 
     def fetch_rest():
@@ -531,7 +532,7 @@ def test_an_object_that_shrinks_midway(hostile, tmp_path):
     server = hostile(cut_after(2000),
                      lambda handler: honest(handler, CONTENT[:3000]))
     with pytest.raises(exception.Corrupt, match='ends at 3000'):
-        impatient(server).fetch(PACK, tmp_path / 'f', digest_of(CONTENT))
+        impatient(server).fetch(PACK, tmp_path / 'f', *WHOLE)
     assert not (tmp_path / 'f').exists()
 
 
@@ -540,7 +541,7 @@ def test_a_416_without_reason(hostile, tmp_path):
     with pytest.raises(exception.Corrupt, match=PACK):
         subject.read(PACK, 0, 100)
     with pytest.raises(exception.Corrupt, match=PACK):
-        subject.fetch(PACK, tmp_path / 'f', digest_of(CONTENT))
+        subject.fetch(PACK, tmp_path / 'f', *WHOLE)
     with pytest.raises(exception.Unavailable, match='416'):
         subject.get(PACK)
     with pytest.raises(exception.Unavailable, match='416'):
@@ -576,8 +577,21 @@ def test_an_endless_body(hostile, tmp_path, act):
 def test_fetch_of_an_endless_body(hostile, tmp_path, act):
     subject = impatient(hostile(act))
     with pytest.raises(exception.Unavailable, match='how long'):
-        subject.fetch(PACK, tmp_path / 'f', digest_of(CONTENT))
+        subject.fetch(PACK, tmp_path / 'f', *WHOLE)
     assert part_of(tmp_path / 'f').stat().st_size == 0
+
+
+def test_fetch_of_a_body_that_is_said_to_be_huge(hostile, tmp_path):
+    subject = impatient(hostile(endless(200, Content_Length=10 ** 15)))
+    steps = []
+
+    def tell(count):
+        steps.append(count)
+        assert sum(steps) <= SIZE
+
+    with pytest.raises(exception.Corrupt, match=PACK):
+        subject.fetch(PACK, tmp_path / 'f', *WHOLE, tell)
+    assert os.listdir(tmp_path) == []
 
 
 def test_an_endless_range(hostile):
@@ -777,7 +791,7 @@ def test_connections_are_reused(hostile, tmp_path):
         subject.read(PACK, offset, 5000)
     subject.get(PACK)
     subject.size(PACK)
-    subject.fetch(PACK, tmp_path / 'f', digest_of(CONTENT))
+    subject.fetch(PACK, tmp_path / 'f', *WHOLE)
     assert len({seen[3] for seen in server.seen}) == 1
 
 
@@ -807,5 +821,5 @@ def test_absent_leaves_no_part(hostile, tmp_path):
     part_of(tmp_path / 'f').write_bytes(b'useless')
     with pytest.raises(exception.NotFound, match=ABSENT):
         impatient(hostile(status(404))).fetch(
-            ABSENT, tmp_path / 'f', 'ab' * 32)
+            ABSENT, tmp_path / 'f', 'ab' * 32, 9)
     assert os.listdir(tmp_path) == []

@@ -15,6 +15,7 @@ from store_conformance import (
     ABSENT,
     CONTENT,
     PACK,
+    WHOLE,
     PruneTests,
     ReadTests,
     WriteTests,
@@ -93,7 +94,7 @@ def test_a_store_that_is_not_there(root, subject, tmp_path):
     for call in (lambda: subject.get('config.json'),
                  lambda: subject.size(PACK),
                  lambda: subject.read(PACK, 0, 1),
-                 lambda: subject.fetch(PACK, tmp_path / 'f', 'ab' * 32),
+                 lambda: subject.fetch(PACK, tmp_path / 'f', 'ab' * 32, 9),
                  lambda: subject.create(ENTRY, b''),
                  lambda: subject.put(PACK, source),
                  lambda: subject.replace('head.json', b''),
@@ -123,7 +124,7 @@ def test_an_object_that_is_no_file(root, subject, tmp_path, kind):
     for call in (lambda: subject.get('config.json'),
                  lambda: subject.size('config.json'),
                  lambda: subject.fetch(
-                     'config.json', tmp_path / 'f', 'ab' * 32)):
+                     'config.json', tmp_path / 'f', 'ab' * 32, 9)):
         with pytest.raises(exception.Invalid, match='config.json'):
             call()
 
@@ -193,7 +194,7 @@ def test_errors_of_the_device(root, subject, monkeypatch, tmp_path, call,
         'replace': lambda: subject.replace('head.json', b'1'),
         'put': lambda: subject.put(PACK, source),
         'fetch': lambda: LocalStore(root).fetch(
-            'config.json', tmp_path / 'f', digest_of(b'x'))}
+            'config.json', tmp_path / 'f', digest_of(b'x'), 1)}
     if call == 'write':
         del actions['put']  # moves
     subject.create('config.json', b'x')
@@ -221,7 +222,7 @@ def test_a_failed_sync_leaves_nothing_to_continue(subject, monkeypatch,
     with monkeypatch.context() as patch:
         patch.setattr(os, 'fsync', fail)
         with pytest.raises(exception.Unavailable):
-            subject.fetch(PACK, tmp_path / 'f', digest_of(CONTENT))
+            subject.fetch(PACK, tmp_path / 'f', *WHOLE)
     assert os.listdir(tmp_path) == []
 
 
@@ -240,7 +241,7 @@ def test_a_part_that_is_published_while_we_open_it(subject, monkeypatch,
 
     monkeypatch.setattr(fcntl, 'flock', flock)
     descriptors = os.listdir('/proc/self/fd')
-    subject.fetch(PACK, path, digest_of(CONTENT))
+    subject.fetch(PACK, path, *WHOLE)
     assert path.read_bytes() == CONTENT
     assert (tmp_path / 'watch').read_bytes() == b'finished'
     assert len(os.listdir('/proc/self/fd')) == len(descriptors)
@@ -287,7 +288,7 @@ def test_write_order(root, subject, monkeypatch, tmp_path):
     recorder.check(root / PACK)
     assert ('fsync', str(root / 'packs')) in recorder.events
     assert recorder.events[-1] == ('fsync', str(root))
-    subject.fetch(PACK, tmp_path / 'f', digest_of(CONTENT))
+    subject.fetch(PACK, tmp_path / 'f', *WHOLE)
     recorder.check(tmp_path / 'f')
 
 
@@ -460,7 +461,7 @@ def test_crash_in_fetch(subject, tmp_path, part):
         return (path,)
 
     def fetch(path):
-        subject.fetch(PACK, path, digest_of(CONTENT))
+        subject.fetch(PACK, path, *WHOLE)
 
     def check(path):
         assert path.read_bytes() in (b'old', CONTENT)
@@ -567,12 +568,12 @@ def test_fetch_to_a_full_device_is_continued(small, subject, tmp_path):
     path = small[0] / 'f'
     (small[0] / 'ballast').write_bytes(bytes(2 << 20))
     with pytest.raises(exception.NoSpace, match=name):
-        subject.fetch(name, path, digest_of(data))
+        subject.fetch(name, path, digest_of(data), len(data))
     kept = part_of(path).stat().st_size
     assert kept > 1 << 20 and not path.exists()
     (small[0] / 'ballast').unlink()
     steps = []
-    subject.fetch(name, path, digest_of(data), steps.append)
+    subject.fetch(name, path, digest_of(data), len(data), steps.append)
     assert path.read_bytes() == data
     assert sum(steps) == len(data) - kept
 
@@ -583,13 +584,13 @@ def test_a_limit_of_file_sizes(subject, tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, old[1]))
     try:
         with pytest.raises(exception.NoSpace, match=PACK):
-            subject.fetch(PACK, tmp_path / 'f', digest_of(CONTENT))
+            subject.fetch(PACK, tmp_path / 'f', *WHOLE)
         with pytest.raises(exception.NoSpace, match=ENTRY):
             subject.create(ENTRY, CONTENT)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
     assert part_of(tmp_path / 'f').stat().st_size == 100_000
-    subject.fetch(PACK, tmp_path / 'f', digest_of(CONTENT))
+    subject.fetch(PACK, tmp_path / 'f', *WHOLE)
     subject.create(ENTRY, CONTENT)
     assert subject.get(ENTRY) == CONTENT
 
@@ -611,7 +612,7 @@ def test_a_read_only_store(small, tmp_path):
             call()
         assert 'mount options' in str(raised.value)
     assert subject.get(PACK) == CONTENT
-    subject.fetch(PACK, tmp_path / 'f', digest_of(CONTENT))
+    subject.fetch(PACK, tmp_path / 'f', *WHOLE)
 
 
 def test_a_directory_of_another_user(root, subject):
@@ -660,5 +661,5 @@ def test_put_across_devices(root, subject, shm):
 
 def test_fetch_across_devices(subject, shm):
     subject.put(PACK, scratch_file(subject, CONTENT))
-    subject.fetch(PACK, shm / 'f', digest_of(CONTENT))
+    subject.fetch(PACK, shm / 'f', *WHOLE)
     assert (shm / 'f').read_bytes() == CONTENT

@@ -14,6 +14,7 @@ from store_conformance import (
     ABSENT,
     CONTENT,
     PACK,
+    WHOLE,
     ReadTests,
     digest_of,
     pack_name,
@@ -150,7 +151,7 @@ def test_one_that_lies(places, tmp_path, way):
             assert subject.read(PACK, 0, 9000, is_content) == CONTENT[:9000]
         else:
             path = tmp_path / str(number)
-            subject.fetch(PACK, path, digest_of(CONTENT))
+            subject.fetch(PACK, path, *WHOLE)
             assert path.read_bytes() == CONTENT
     if way != 'fetch':
         # Caught once, it is not asked again for a while.
@@ -165,7 +166,7 @@ def test_all_lie(places, tmp_path):
     for call in (lambda: subject.get(PACK, check=is_content),
                  lambda: subject.read(PACK, 0, 9, is_content),
                  lambda: subject.fetch(PACK, tmp_path / 'f',
-                                       digest_of(CONTENT))):
+                                       *WHOLE)):
         with pytest.raises(exception.Corrupt, match=PACK):
             call()
     assert not (tmp_path / 'f').exists()
@@ -213,7 +214,7 @@ def test_one_that_is_killed_in_the_middle(nginx, tmp_path):
             stop_hard(servers[0])
 
     begun = time.monotonic()
-    subject.fetch(pack_name(LARGE), path, digest_of(LARGE), tell)
+    subject.fetch(pack_name(LARGE), path, digest_of(LARGE), len(LARGE), tell)
     assert path.read_bytes() == LARGE
     assert sum(came) == len(LARGE), 'nothing came twice'
     assert time.monotonic() - begun < 20
@@ -239,7 +240,7 @@ def test_one_that_says_nothing(places, tmp_path):
         begun = time.monotonic()
         for _ in range(50):
             assert subject.read(PACK, 0, 9000) == CONTENT[:9000]
-        subject.fetch(PACK, tmp_path / 'f', digest_of(CONTENT))
+        subject.fetch(PACK, tmp_path / 'f', *WHOLE)
         # Once, or a second time: it is left out longer than this takes.
         assert time.monotonic() - begun < 2
 

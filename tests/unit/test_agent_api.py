@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The local API: answers, and requests that make no sense."""
 
+import contextlib
 import http.client
 import json
 import math
@@ -8,6 +9,8 @@ import os
 import pathlib
 import socket
 import tempfile
+import threading
+import time
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -251,6 +254,36 @@ def test_any_bytes(path, served, data):
     assert call(path, 'GET', '/v1/status') == (200, {'state': 'serving'})
     status, _ = call(path, 'POST', '/v1/acquire', data)
     assert status == 400
+
+
+def test_many_callers_that_never_end_a_body(path, served):
+    """Nor are they answered when they are sent away."""
+    slow, ended = [], threading.Event()
+    for _ in range(64):
+        line = socket.socket(socket.AF_UNIX)
+        line.settimeout(20)
+        line.connect(os.fspath(path))
+        line.sendall(b'POST /v1/sync HTTP/1.1\r\nHost: a\r\n'
+                     b'Content-Length: 16000\r\n\r\n')
+        slow.append(line)
+
+    def trickle():
+        while not ended.wait(.05):
+            for line in slow:
+                with contextlib.suppress(OSError):
+                    line.sendall(b' ')
+
+    thread = threading.Thread(target=trickle)
+    thread.start()
+    try:
+        time.sleep(.5)
+        assert call(path, 'POST', '/v1/acquire', json.dumps(WELL))[0] == 200
+        assert slow[0].recv(99) == b''
+    finally:
+        ended.set()
+        thread.join()
+        for line in slow:
+            line.close()
 
 
 def test_many_callers_that_say_nothing(path, served):

@@ -2,6 +2,8 @@
 """The mirror: nothing unchecked is kept or given out."""
 
 import concurrent.futures
+import contextlib
+import errno
 import os
 import pathlib
 import threading
@@ -35,9 +37,9 @@ class Source(LocalStore):
         self._count(name)
         return super().read(name, offset, length, check)
 
-    def fetch(self, name, path, digest, progress=None):
+    def fetch(self, name, *args, **options):
         self._count(name)
-        super().fetch(name, path, digest, progress)
+        super().fetch(name, *args, **options)
 
 
 @pytest.fixture
@@ -161,6 +163,116 @@ def test_a_damaged_local_pack_heals(tmp_path, repo, source, mirror, place):
     same(again, image, data)
     source.gone = True
     same(Mirror(tmp_path / 'mirror', source), image, data)
+
+
+class BadSector:
+    """The disk cannot read some files, by what they are and not by name."""
+
+    def __init__(self, monkeypatch):
+        self._held = []  # or another file would get the number
+        for owner, name in ((os, 'pread'), (os, 'read')):
+            monkeypatch.setattr(owner, name, self._guarded(
+                getattr(owner, name)))
+        real = pathlib.Path.read_bytes
+        monkeypatch.setattr(
+            pathlib.Path, 'read_bytes',
+            lambda path: self._look(path) or real(path))
+
+    def hit(self, path):
+        self._held.append(os.open(path, os.O_RDONLY))
+
+    def _guarded(self, real):
+        def call(fd, *args):
+            self._look(fd)
+            return real(fd, *args)
+        return call
+
+    def _look(self, which):
+        if os.path.exists(which) and os.stat(which).st_ino in [
+                os.fstat(fd).st_ino for fd in self._held]:
+            raise OSError(errno.EIO, 'Input/output error')
+
+    def close(self):
+        for fd in self._held:
+            os.close(fd)
+
+
+@pytest.fixture
+def bad_sector(monkeypatch):
+    with contextlib.closing(BadSector(monkeypatch)) as one:
+        yield one
+
+
+@pytest.mark.parametrize('kind', ['packs', 'partial', 'manifests', 'ready'])
+def test_a_bad_sector_heals(tmp_path, repo, source, mirror, kind,
+                            bad_sector):
+    data = disk(3000 * BLOCK, 1, zeros=0)
+    put(repo, tmp_path / 'work', 'large', data, range(3000))
+    if kind == 'partial':
+        data = data[700 * BLOCK:710 * BLOCK]
+    image = put(repo, tmp_path / 'work', 'image', data,
+                range(len(data) // BLOCK)).image
+    mirror.refresh()
+    mirror.pull(image)
+    path = (mirror.path / 'ready' / 'image' if kind == 'ready'
+            else local(mirror, kind)[0])
+    bad_sector.hit(path)
+    again = Mirror(tmp_path / 'mirror', source)
+    assert again.ready(image) == (kind != 'ready')
+    same(again, image, data)
+    assert not again.ready(image), 'what was lost must come'
+    again.pull(image)
+    assert again.ready(image)
+    source.gone = True
+    same(Mirror(tmp_path / 'mirror', source), image, data)
+
+
+def test_a_bad_sector_in_a_partial_pack_that_grows(
+        tmp_path, repo, source, mirror, bad_sector):
+    data = disk(3000 * BLOCK, 1, zeros=0)
+    put(repo, tmp_path / 'work', 'large', data, range(3000))
+    images = [put(repo, tmp_path / 'work', f'image-{at}',
+                  data[at * BLOCK:(at + 10) * BLOCK], range(10)).image
+              for at in (700, 705)]
+    mirror.refresh()
+    mirror.pull(images[0])
+    bad_sector.hit(local(mirror, 'partial')[0])
+    mirror.pull(images[1])
+    same(mirror, images[1], data[705 * BLOCK:715 * BLOCK])
+
+
+def test_a_bad_sector_in_what_came_of_a_pack(
+        tmp_path, repo, source, mirror, bad_sector):
+    data = disk(300 * BLOCK, 1, zeros=0)
+    image = put(repo, tmp_path / 'work', 'image', data, range(300)).image
+    mirror.refresh()
+    [ref] = mirror.read_manifest(image.manifest).packs
+    part = mirror._path('packs', ref.digest).with_name(f'{ref.digest}.part')
+    part.parent.mkdir(parents=True)
+    part.write_bytes(bytes(9999))
+    bad_sector.hit(part)
+    with pytest.raises(exception.Corrupt, match='fetched again'):
+        mirror.pull(image)
+    mirror.pull(image)
+    same(mirror, image, data)
+
+
+@pytest.mark.parametrize('number', [errno.EIO, errno.EROFS])
+def test_what_cannot_be_mended_is_given_out(tmp_path, repo, source, mirror,
+                                            monkeypatch, number):
+    """After an error the kernel may let nobody write."""
+    data = disk(100 * BLOCK, 1)
+    image = put(repo, tmp_path / 'work', 'image', data, range(100)).image
+    mirror.refresh()
+    mirror.pull(image)
+    [path] = local(mirror, 'packs')
+    os.truncate(path, 2000)
+
+    def fail(*_args):
+        raise OSError(number, 'injected')
+
+    monkeypatch.setattr(os, 'fdatasync', fail)
+    same(mirror, image, data)
 
 
 def test_a_damaged_source_gives_nothing(tmp_path, repo, source, mirror):
