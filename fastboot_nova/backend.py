@@ -285,14 +285,15 @@ class FastbootQcow2(imagebackend.Qcow2):
 
         write()
 
-    def restore(self, stub: pathlib.Path,
-                image_id: str | None = None) -> pathlib.Path:
+    def restore(self, stub: pathlib.Path, image_id: str | None = None,
+                deadline: float | None = None) -> pathlib.Path:
         """See to it that a stub which a disk needs is there, and leased.
 
         :param image_id: a guess.
-        :raises InvalidDiskInfo: it is not, after ``[fastboot] patience``.
+        :param deadline: until when to wait; None: :func:`patience`.
+        :raises InvalidDiskInfo: it is not there by then.
         """
-        deadline = time.monotonic() + CONF.fastboot.patience
+        deadline = patience() if deadline is None else deadline
         while True:
             try:
                 lease = agent().acquire(
@@ -432,11 +433,17 @@ def portable(domain: str) -> str:
     return str(etree.tostring(tree, encoding='unicode'))
 
 
-def check_chain(disk: str) -> None:
+def patience() -> float:
+    """Until when what disks need is waited for from now on (monotonic)."""
+    return time.monotonic() + float(CONF.fastboot.patience)
+
+
+def check_chain(disk: str, deadline: float = 0) -> None:
     """Prove that a disk on a stub could be opened now.
 
     Asked before a running guest is destroyed for a new start.
 
+    :param deadline: until when the export is waited for.
     :raises InvalidDiskInfo: it could not, and why.
     """
     stub = stub_of(disk)
@@ -452,7 +459,11 @@ def check_chain(disk: str) -> None:
         raise nova_exception.InvalidDiskInfo(
             reason=f'{disk}: {error}') from error
     path = pathlib.Path(CONF.fastboot.export_socket)
-    if not link.complete and not export_answers(path, CONF.fastboot.timeout):
-        raise nova_exception.InvalidDiskInfo(
-            reason=f'{disk}: blocks that are not on this host yet come from '
-                   f'{path}, where nobody answers; start fastboot-agent')
+    while not link.complete and not export_answers(
+            path, CONF.fastboot.timeout):
+        if time.monotonic() > deadline:
+            raise nova_exception.InvalidDiskInfo(
+                reason=f'{disk}: blocks that are not on this host yet come '
+                       f'from {path}, where nobody answers; start '
+                       f'fastboot-agent')
+        time.sleep(_RETRY_SECONDS)

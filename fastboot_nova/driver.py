@@ -185,12 +185,14 @@ class FastbootLibvirtDriver(driver.LibvirtDriver):
                  stubs: dict[str, pathlib.Path]) -> None:
         """Have here what the disks of a server lie on.
 
-        :raises InvalidDiskInfo: it does not come.
+        :raises InvalidDiskInfo: it does not come, within ``[fastboot]
+            patience`` for all of them.
         """
+        deadline = backend.patience()
         for disk, stub in stubs.items():
             image = self.image_backend.by_libvirt_path(instance, disk)
-            image.restore(stub, instance.image_ref)
-            backend.check_chain(disk)
+            image.restore(stub, instance.image_ref, deadline)
+            backend.check_chain(disk, deadline)
 
     # Hosts without this driver. One would download the image to the name of
     # our stub, and fail to open it, after the server was moved.

@@ -501,6 +501,32 @@ def test_look_before_you_destroy(place):
         backend.check_chain(image.path)
 
 
+def prepare(place, server):
+    """What the driver does before a guest is stopped or started."""
+    from fastboot_nova import driver
+    made = object.__new__(driver.FastbootLibvirtDriver)
+    made.image_backend = types.SimpleNamespace(
+        by_libvirt_path=lambda instance, path: backend.FastbootQcow2(
+            instance, path=path))
+    path = image_of(place, server).path
+    made._prepare(server, {path: backend.stub_of(path)})
+
+
+def test_the_export_is_waited_for(place):
+    """Both come back while nova-compute starts: the agent and its export."""
+    server = instance(image_ref='image')
+    spawn(place, image_of(place, server))
+    place.agent.fails = (503, {'error': 'the export does not answer'})
+    away = place.export.rename(place.export.with_name('away'))
+    CONF.set_override('patience', 20.0, 'fastboot')
+    threading.Timer(1.5, away.rename, (place.export,)).start()
+    prepare(place, server)
+    no_export(place)
+    CONF.set_override('patience', 1.0, 'fastboot')
+    with pytest.raises(nova_exception.InvalidDiskInfo, match='nobody'):
+        prepare(place, server)
+
+
 def test_an_old_resized_base_is_no_stub(place):
     """Nova before Folsom left <sha1>_sm files."""
     place.base.mkdir()
