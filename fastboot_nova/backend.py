@@ -15,6 +15,7 @@ import errno
 import os
 import pathlib
 import time
+from collections.abc import Callable
 from typing import Any, Final
 from xml.etree import ElementTree
 
@@ -374,22 +375,22 @@ class FastbootQcow2(imagebackend.Qcow2):
         except exception.FastbootError as error:
             raise nova_exception.InvalidDiskInfo(
                 reason=f'{self.path}: {error}') from error
-        return _element(stub, link, self._device(stub, link, cache_mode))
+        return _element(stub, link, _device(stub, link, cache_mode))
 
-    @staticmethod
-    def _device(stub: pathlib.Path, link: chain.Link,
-                cache_mode: str) -> pathlib.Path | None:
-        """What to read the volume through, so that guests share memory.
 
-        With O_DIRECT they would not: the agent may have a loop device.
-        """
-        if cache_mode not in ('none', 'directsync'):
-            return None
-        with contextlib.suppress(exception.FastbootError):
-            device = agent().acquire(link.image_id, stub).device
-            if device and device.is_block_device():
-                return device
+def _device(stub: pathlib.Path, link: chain.Link,
+            cache_mode: str) -> pathlib.Path | None:
+    """What to read the volume through, so that guests share memory.
+
+    With O_DIRECT they would not: the agent may have a loop device.
+    """
+    if cache_mode not in ('none', 'directsync'):
         return None
+    with contextlib.suppress(exception.FastbootError):
+        device = agent().acquire(link.image_id, stub).device
+        if device and device.is_block_device():
+            return device
+    return None
 
 
 def _element(stub: pathlib.Path, link: chain.Link,
@@ -418,19 +419,52 @@ def portable(domain: str) -> str:
 
     :param domain: the XML of a domain on this host.
     """
-    tree = etree.fromstring(domain)
+    def lazy(stub: pathlib.Path, disk: Any) -> Any:
+        link = dataclasses.replace(overlay.follow(stub), complete=None)
+        return _element(stub, link)
+
+    return _rechained(domain, lazy)[0]
+
+
+def renewed(domain: str) -> str | None:
+    """The XML of a domain that is off, with its chains as they are now.
+
+    :returns: None: they are still as the XML says.
+    :raises Corrupt: stub and volume contradict each other.
+    """
+    def current(stub: pathlib.Path, disk: Any) -> Any:
+        link = overlay.follow(stub)
+        mode = disk.find('driver').get('cache', '')
+        return _element(stub, link, _device(stub, link, mode))
+
+    found, changed = _rechained(domain, current)
+    return found if changed else None
+
+
+def _rechained(domain: str, make: Callable[[pathlib.Path, Any], Any],
+               ) -> tuple[str, bool]:
+    """The XML of a domain with other chains, and whether they differ.
+
+    :param make: gives the chain from a stub on, for a ``<disk>``.
+    """
+    tree, changed = etree.fromstring(domain), False
     for layer in tree.findall('./devices/disk/backingStore'):
         source = layer.find('source')
         name = source.get('file') if source is not None else None
         if name is None or not name.endswith(overlay.SUFFIX):
             continue
-        stub = pathlib.Path(name)
+        disk = layer.getparent()
         with contextlib.suppress(exception.NotFound):
-            link = dataclasses.replace(overlay.follow(stub), complete=None)
-            disk = layer.getparent()
-            disk.replace(layer, _element(stub, link))
+            other = make(pathlib.Path(name), disk)
+            changed |= _places(other) != _places(layer)
+            disk.replace(layer, other)
             _pause_rather_than_fail(disk)
-    return str(etree.tostring(tree, encoding='unicode'))
+    return str(etree.tostring(tree, encoding='unicode')), changed
+
+
+def _places(layer: Any) -> list[tuple[str | None, ...]]:
+    return [tuple(map(found.get, ('file', 'dev', 'name', 'socket')))
+            for found in layer.iter('source', 'host')]
 
 
 def patience() -> float:

@@ -241,6 +241,49 @@ class FastbootLibvirtDriver(driver.LibvirtDriver):
                        'migrated, once fastboot-agent and its repository '
                        'are back')
 
+    # What is suspended
+
+    def resume(self, context: Any, instance: Any, *args: Any,
+               **kwargs: Any) -> None:
+        """As Nova's, once the guest can go on.
+
+        Nova throws away the memory of one that cannot.
+
+        :raises InstanceFaultRollback: it cannot now, and stays suspended.
+        """
+        try:
+            stubs = _stubs(instance)
+            self._prepare(instance, stubs)
+            if stubs:
+                self._renew_saved(instance)
+        except nova_exception.InvalidDiskInfo as error:
+            raise nova_exception.InstanceFaultRollback(error) from error
+        super().resume(context, instance, *args, **kwargs)
+
+    def _renew_saved(self, instance: Any) -> None:
+        """Have what libvirt saved of a guest name its chain as it is now.
+
+        It may name a block device that another volume has since the host
+        was started, or an export that is not needed any more.
+
+        :raises InvalidDiskInfo: that cannot be.
+        """
+        libvirt = driver.libvirt
+        try:
+            domain = self._host.get_guest(instance)._domain
+            if not domain.hasManagedSaveImage():
+                return
+            renewed = backend.renewed(domain.managedSaveGetXMLDesc(
+                libvirt.VIR_DOMAIN_SAVE_IMAGE_XML_SECURE))
+            if renewed is not None:
+                domain.managedSaveDefineXML(renewed)
+        except nova_exception.InstanceNotFound:
+            return
+        except (exception.FastbootError, libvirt.libvirtError) as error:
+            raise nova_exception.InvalidDiskInfo(
+                reason=f'what is saved of the server cannot be resumed: '
+                       f'{error}') from error
+
     def _wait_for_running(self, instance: Any) -> None:
         # Of a resume. A guest that stood still when it was suspended does
         # so when it is restored, and Nova would wait for ever.

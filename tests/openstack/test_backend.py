@@ -24,6 +24,7 @@ pytest.importorskip('nova.virt.libvirt.imagebackend')
 sys.path[:0] = [str(pathlib.Path(__file__).parents[1] / 'functional'),
                 str(pathlib.Path(__file__).parents[1] / 'unit')]
 
+import embedded  # noqa: E402
 import nova.privsep  # noqa: E402
 from images import World, fast_directory  # noqa: E402
 from lxml import etree  # noqa: E402
@@ -501,15 +502,21 @@ def test_look_before_you_destroy(place):
         backend.check_chain(image.path)
 
 
-def prepare(place, server):
-    """What the driver does before a guest is stopped or started."""
+def driver_of(**more):
+    """The driver, without its host."""
     from fastboot_nova import driver
     made = object.__new__(driver.FastbootLibvirtDriver)
     made.image_backend = types.SimpleNamespace(
         by_libvirt_path=lambda instance, path: backend.FastbootQcow2(
             instance, path=path))
+    made.__dict__.update(more)
+    return made
+
+
+def prepare(place, server):
+    """What the driver does before a guest is stopped or started."""
     path = image_of(place, server).path
-    made._prepare(server, {path: backend.stub_of(path)})
+    driver_of()._prepare(server, {path: backend.stub_of(path)})
 
 
 def test_the_export_is_waited_for(place):
@@ -525,6 +532,87 @@ def test_the_export_is_waited_for(place):
     CONF.set_override('patience', 1.0, 'fastboot')
     with pytest.raises(nova_exception.InvalidDiskInfo, match='nobody'):
         prepare(place, server)
+
+
+GUEST = """<domain type='qemu'><name>guest</name><uuid>{}</uuid>
+<memory unit='MiB'>32</memory><os><type arch='x86_64' machine='pc'>hvm</type>
+</os><devices><controller type='usb' model='none'/><memballoon model='none'/>
+<graphics type='vnc' socket='/{}/vnc' passwd='secret'/>{}</devices></domain>
+"""
+
+
+def suspend_and_resume(room, settings, uuid, disk):
+    """The export comes back elsewhere, as it may after an upgrade."""
+    import libvirt
+    from nova.virt.libvirt import driver as stock
+    from nova.virt.libvirt import guest
+    CONF([], project='nova', default_config_files=[])
+    for words in settings:
+        CONF.set_override(*words)
+    stock.libvirt = guest.libvirt = libvirt
+    domain = embedded.opened(room)[1].defineXML(GUEST.format(
+        uuid, room, disk))
+    domain.create()
+    domain.managedSave()
+    made = driver_of(_host=types.SimpleNamespace(
+        get_guest=lambda instance: guest.Guest(domain)))
+    stock.LibvirtDriver.resume = lambda *words: domain.create()
+    server = instance(uuid=uuid, image_ref='image')
+    export = pathlib.Path(CONF.fastboot.export_socket)
+    elsewhere = export.rename(export.with_name('elsewhere'))
+    with pytest.raises(nova_exception.InstanceFaultRollback) as caught:
+        made.resume(None, server)
+    assert isinstance(caught.value.inner_exception,
+                      nova_exception.InvalidDiskInfo)
+    assert domain.hasManagedSaveImage()
+    CONF.set_override('export_socket', str(elsewhere), 'fastboot')
+    made.resume(None, server)
+    assert not domain.hasManagedSaveImage()
+    assert str(elsewhere) in domain.XMLDesc()
+    # All else is as it was, secrets, too.
+    assert 'secret' in domain.XMLDesc(libvirt.VIR_DOMAIN_XML_SECURE)
+    domain.destroy()
+
+
+def test_a_resume_keeps_what_is_saved(place):
+    """libvirt's own driver; Nova drops the memory if a start fails."""
+    pytest.importorskip('libvirt')
+    server = instance()
+    image = image_of(place, server)
+    spawn(place, image)
+    embedded.run(suspend_and_resume, [
+        (name, getattr(CONF[group] if group else CONF, name), group)
+        for name, group in (
+            ('instances_path', None), ('agent_socket', 'fastboot'),
+            ('export_socket', 'fastboot'), ('patience', 'fastboot'))],
+        server.uuid, backing_of(place, image))
+
+
+def test_what_is_saved_names_the_chain_as_it_is(place, monkeypatch):
+    image = image_of(place)
+    spawn(place, image)
+    domain = '<domain><devices>{}</devices></domain>'
+    lazy = domain.format(backing_of(place, image))
+    assert backend.renewed(lazy) is None
+    assert backend.renewed(domain.format('<disk/>')) is None
+    acquire = place.agent.acquire
+    monkeypatch.setattr(place.agent, 'acquire', lambda body: {
+        **acquire(body), 'loop': '/dev/loop0'})
+    monkeypatch.setattr(pathlib.Path, 'is_block_device', lambda path: True)
+    device = domain.format(backing_of(place, image, 'none'))
+    assert '/dev/loop0' in device
+    assert backend.renewed(device) is None
+    monkeypatch.setattr(place.agent, 'acquire', lambda body: {
+        **acquire(body), 'loop': '/dev/loop7'})
+    assert '/dev/loop7' in backend.renewed(device)
+    # Without an agent, from the volume itself.
+    monkeypatch.setattr(place.agent, 'acquire', acquire)
+    assert '/dev/loop' not in backend.renewed(device)
+    place.host.hydrate('image')
+    whole = backend.renewed(lazy)
+    assert '/complete/image' in whole
+    assert 'nbd' not in whole
+    assert backend.renewed(whole) is None
 
 
 def test_an_old_resized_base_is_no_stub(place):
