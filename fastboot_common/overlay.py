@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 import struct
 from collections.abc import Iterator
 from typing import Final
@@ -31,6 +32,9 @@ _DESCRIPTION_LIMIT: Final = 64 << 10
 _PREFIX: Final = 'json:'
 #: Behind the name that Nova gives an image's base: its stub.
 SUFFIX: Final = '_sm'
+#: The disks that Nova makes as overlays. Others a guest may write as it likes,
+#: from the first byte: its config drive, for instance.
+_DISKS: Final = re.compile(r'disk(\.(rescue|local|swap|eph\d+))?')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +111,16 @@ def is_empty(path: pathlib.Path) -> bool:
         return False
 
 
+def disks(instances: pathlib.Path, server: str = '*') -> list[pathlib.Path]:
+    """The disks of servers that may be overlays.
+
+    :param instances: Nova's ``instances_path``.
+    :param server: the directory of one of them.
+    """
+    return sorted(path for path in instances.glob(f'{server}/disk*')
+                  if _DISKS.fullmatch(path.name))
+
+
 def lying_on(base: pathlib.Path) -> Iterator[pathlib.Path]:
     """The disks of servers that name a base as their backing.
 
@@ -115,7 +129,7 @@ def lying_on(base: pathlib.Path) -> Iterator[pathlib.Path]:
 
     :param base: in Nova's directory of bases; it need not be there.
     """
-    for disk in base.parent.parent.glob('*/disk*'):
+    for disk in disks(base.parent.parent):
         with contextlib.suppress(exception.FastbootError):
             found = read_backing(disk)
             if found and found[0] == str(base):

@@ -63,17 +63,20 @@ def stub_of(disk: str) -> pathlib.Path | None:
     """The stub that a disk's overlay names, whether it is there or not."""
     try:
         found = overlay.read_backing(pathlib.Path(disk))
+        if not found or not found[0]:
+            return None
+        base = pathlib.Path(found[0])
+        is_ours = base.is_absolute() and base.parent == base_directory() \
+            and base.name.endswith(overlay.SUFFIX)
+        # An old resized base may have the name; it has no such content.
+        if is_ours and (not base.exists() or overlay.read_stub(base)):
+            return base
     except exception.NotFound:
-        return None
-    if not found or not found[0]:
-        return None
-    base = pathlib.Path(found[0])
-    is_ours = base.is_absolute() and base.parent == base_directory() \
-        and base.name.endswith(overlay.SUFFIX)
-    # An old resized base may have the name; it has no such content.
-    if not is_ours or (base.exists() and not overlay.read_stub(base)):
-        return None
-    return base
+        pass
+    except (exception.FastbootError, OSError) as error:
+        LOG.warning('fastboot: what %s lies on cannot be read, so nothing is '
+                    'done for it: %s', disk, error)
+    return None
 
 
 def base_directory() -> pathlib.Path:

@@ -102,7 +102,7 @@ class FastbootLibvirtDriver(driver.LibvirtDriver):
             self, context: Any, xml: str, instance: Any,
             power_on: bool = True, pause: bool = False,
             post_xml_callback: Any = None) -> Any:
-        if instance.uuid in self._new and power_on:
+        if self._is_local and instance.uuid in self._new and power_on:
             guest = spawn.attempt(self._host, xml, instance,
                                   post_xml_callback or (lambda: None))
             if guest is not None:
@@ -144,8 +144,13 @@ class FastbootLibvirtDriver(driver.LibvirtDriver):
     def _destroy(self, instance: Any) -> None:
         # The way of all that ends a guest: nobody starts one anew that has
         # just rebooted, under the hands of Nova.
-        if _stubs(instance):
-            spawn.leave(instance)
+        try:
+            if self._stubs(instance):
+                spawn.leave(instance)
+        except Exception as error:
+            # A server can be ended, whatever there is.
+            LOG.warning('fastboot: the agent is not told of the end: %s',
+                        error, instance=instance)
         self._resumed.discard(instance.uuid)
         super()._destroy(instance)
 
@@ -157,7 +162,7 @@ class FastbootLibvirtDriver(driver.LibvirtDriver):
         with stubs than with bases.
         """
         try:
-            self._prepare(instance, _stubs(instance, '_resize'))
+            self._prepare(instance, self._stubs(instance, '_resize'))
         except nova_exception.InvalidDiskInfo as error:
             # It fails where Nova can go on from.
             LOG.warning('fastboot: %s', error, instance=instance)
@@ -167,7 +172,7 @@ class FastbootLibvirtDriver(driver.LibvirtDriver):
                      **kwargs: Any) -> Any:
         # Nova destroys the domain first and makes missing bases last. Also
         # the way of every start (power_on, resume_state_on_host_boot).
-        self._prepare(instance, _stubs(instance))
+        self._prepare(instance, self._stubs(instance))
         return super()._hard_reboot(context, instance, *args, **kwargs)
 
     def pre_live_migration(self, context: Any, instance: Any, *args: Any,
@@ -178,8 +183,21 @@ class FastbootLibvirtDriver(driver.LibvirtDriver):
         volume below them is never shared.
         """
         data = super().pre_live_migration(context, instance, *args, **kwargs)
-        self._prepare(instance, _stubs(instance))
+        self._prepare(instance, self._stubs(instance))
         return data
+
+    def _stubs(self, instance: Any, end: str = '') -> dict[str, pathlib.Path]:
+        """The disks of a server that lie on stubs.
+
+        :param end: of the name of the server's directory.
+        """
+        if not self._is_local:
+            return {}
+        directory = pathlib.Path(
+            libvirt_utils.get_instance_path(instance) + end)
+        disks = map(str, overlay.disks(directory.parent, directory.name))
+        return {disk: stub for disk in disks
+                if (stub := backend.stub_of(disk)) is not None}
 
     def _prepare(self, instance: Any,
                  stubs: dict[str, pathlib.Path]) -> None:
@@ -221,7 +239,7 @@ class FastbootLibvirtDriver(driver.LibvirtDriver):
         :raises MigrationPreCheckError: it has not, and is needed; or the
             guest stands still, because blocks of its disk do not come.
         """
-        if _stubs(instance):
+        if self._stubs(instance):
             if not dest_check_data.filename.endswith(f'.{MARK}'):
                 raise nova_exception.MigrationPreCheckError(
                     reason=_refusal('the destination'))
@@ -252,7 +270,7 @@ class FastbootLibvirtDriver(driver.LibvirtDriver):
         :raises InstanceFaultRollback: it cannot now, and stays suspended.
         """
         try:
-            stubs = _stubs(instance)
+            stubs = self._stubs(instance)
             self._prepare(instance, stubs)
             if stubs:
                 self._renew_saved(instance)
@@ -300,7 +318,7 @@ class FastbootLibvirtDriver(driver.LibvirtDriver):
 
         :raises InstanceFaultRollback: it has not, and is needed.
         """
-        if _stubs(instance):
+        if self._stubs(instance):
             self._check_destination(context, instance)
         return super().migrate_disk_and_power_off(
             context, instance, dest, *args, **kwargs)
@@ -385,7 +403,7 @@ class FastbootLibvirtDriver(driver.LibvirtDriver):
         It would meet the volume's poison. The copy is a transient job, so
         the domain stays defined.
         """
-        stub = backend.stub_of(disk_path)
+        stub = backend.stub_of(disk_path) if self._is_local else None
         if stub is None:
             super()._live_snapshot(context, instance, guest, disk_path,
                                    out_path, source_format, image_format,
@@ -501,17 +519,6 @@ def _watched(guest: Any, instance: Any) -> Iterator[None]:
                   '%s', error, instance=instance)
     else:
         unless = None
-
-
-def _stubs(instance: Any, end: str = '') -> dict[str, pathlib.Path]:
-    """The disks of a server that lie on stubs.
-
-    :param end: of the name of the server's directory.
-    """
-    directory = pathlib.Path(libvirt_utils.get_instance_path(instance) + end)
-    disks = sorted(map(str, directory.glob('disk*')))
-    return {disk: stub for disk in disks
-            if (stub := backend.stub_of(disk)) is not None}
 
 
 def _refusal(host: str) -> str:

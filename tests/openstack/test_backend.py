@@ -9,6 +9,7 @@ import json
 import os
 import pathlib
 import socketserver
+import struct
 import subprocess
 import sys
 import threading
@@ -509,7 +510,7 @@ def driver_of(**more):
     made.image_backend = types.SimpleNamespace(
         by_libvirt_path=lambda instance, path: backend.FastbootQcow2(
             instance, path=path))
-    made.__dict__.update(more)
+    made.__dict__.update(_is_local=True, **more)
     return made
 
 
@@ -653,6 +654,33 @@ def test_servers_at_once(place):
         thread.join(60)
     for image in images:
         assert content(image.path)[:1 << 20] == place.raw
+
+
+def hostile(base):
+    """Files that only look like overlays, and what they name."""
+    head = struct.pack('>4sIQIIQ', b'QFI\xfb', 3, 32, 0, 16, 1 << 20)
+    name = str(base / f'{"0" * 40}_sm').encode()
+    yield head[:16] + struct.pack('>I', 2000) + head[20:] + bytes(4096)
+    yield head[:16] + struct.pack('>I', 2) + head[20:] + b'\xff\xff'
+    yield head[:16] + struct.pack('>I', len(name)) + head[20:] + name
+
+
+@pytest.mark.parametrize('number', range(3))
+def test_what_a_guest_writes_is_no_overlay(place, number):
+    server = instance()
+    spawn(place, image_of(place, server))
+    directory = place.instances / server.uuid
+    made, data = driver_of(), [*hostile(place.base)][number]
+    (directory / 'disk.config').write_bytes(data)
+    (directory / 'disk.rescue').mkdir()
+    disk = {str(directory / 'disk'): stub(place)}
+    assert made._stubs(server) == disk
+    # All disks may be, where Nova makes no overlays.
+    (directory / 'disk').write_bytes(data)
+    made._is_local = False
+    assert made._stubs(server) == {}
+    if number < 2:
+        assert backend.stub_of(str(directory / 'disk')) is None
 
 
 NODE = 'host-1'

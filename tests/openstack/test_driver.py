@@ -182,11 +182,22 @@ def test_a_resumed_server_did_run(made, monkeypatch):
     ({}, ['destroy']), ({'disk': 'stub'}, ['leave', 'destroy'])])
 def test_the_agent_starts_nothing_that_nova_ends(made, monkeypatch, stubs,
                                                  calls):
-    monkeypatch.setattr(driver, '_stubs', lambda instance: stubs)
+    monkeypatch.setattr(made, '_stubs', lambda instance: stubs)
     monkeypatch.setattr(stock.LibvirtDriver, '_destroy',
                         lambda self, instance: self.calls.append('destroy'))
     made._destroy(made.server)
     assert made.calls == calls
+
+
+def test_nothing_keeps_a_server_from_its_end(made, monkeypatch):
+    def fail(instance):
+        raise PermissionError('instances')
+
+    monkeypatch.setattr(made, '_stubs', fail)
+    monkeypatch.setattr(stock.LibvirtDriver, '_destroy',
+                        lambda self, instance: self.calls.append('destroy'))
+    made._destroy(made.server)
+    assert made.calls == ['destroy']
 
 
 @pytest.mark.parametrize('error', [None, driver.nova_exception.
@@ -197,7 +208,7 @@ def test_a_revert_has_its_stubs_first(made, monkeypatch, error):
         if error:
             raise error
 
-    monkeypatch.setattr(driver, '_stubs', lambda instance, end: end)
+    monkeypatch.setattr(made, '_stubs', lambda instance, end: end)
     monkeypatch.setattr(made, '_prepare', prepare)
     monkeypatch.setattr(
         stock.LibvirtDriver, 'finish_revert_migration',
