@@ -29,7 +29,7 @@ from nova.virt.libvirt import utils as libvirt_utils
 from oslo_log import log as logging
 from oslo_utils import fileutils, units
 
-from fastboot_common import chain, exception, overlay
+from fastboot_common import chain, exception, files, overlay
 from fastboot_nova import backend, spawn
 
 LOG = logging.getLogger(__name__)
@@ -174,6 +174,53 @@ class FastbootLibvirtDriver(driver.LibvirtDriver):
         # the way of every start (power_on, resume_state_on_host_boot).
         self._prepare(instance, self._stubs(instance))
         return super()._hard_reboot(context, instance, *args, **kwargs)
+
+    def reboot(self, context: Any, instance: Any, network_info: Any,
+               reboot_type: str, *args: Any, **kwargs: Any) -> Any:
+        """As Nova's; also a soft one ends what runs, and starts it anew.
+
+        :raises InvalidDiskInfo: it could not be started; it runs on.
+        """
+        if reboot_type == 'SOFT':
+            self._prepare(instance, self._stubs(instance))
+        return super().reboot(context, instance, network_info, reboot_type,
+                              *args, **kwargs)
+
+    def rescue(self, context: Any, instance: Any, *args: Any,
+               **kwargs: Any) -> None:
+        """As Nova's, which has switched the server off.
+
+        :raises InvalidDiskInfo: what its disk lies on does not come.
+        """
+        self._prepare(instance, self._stubs(instance))
+        super().rescue(context, instance, *args, **kwargs)
+
+    def unrescue(self, context: Any, instance: Any) -> None:
+        """As Nova's.
+
+        :raises InvalidDiskInfo: the server could not be started; what it is
+            rescued with runs on.
+        """
+        stubs = self._stubs(instance)
+        self._prepare(instance, {
+            disk: stub for disk, stub in stubs.items()
+            if not disk.endswith('.rescue')})
+        if stubs:
+            self._renew_kept(instance)
+        super().unrescue(context, instance)
+
+    @staticmethod
+    def _renew_kept(instance: Any) -> None:
+        # Like what is saved of a suspended server.
+        path = pathlib.Path(libvirt_utils.get_instance_path(instance),
+                            'unrescue.xml')
+        try:
+            renewed = backend.renewed(path.read_text())
+            if renewed is not None:
+                files.write_atomically(path, renewed.encode())
+        except (exception.FastbootError, OSError) as error:
+            raise nova_exception.InvalidDiskInfo(
+                reason=f'{path}: {error}') from error
 
     def pre_live_migration(self, context: Any, instance: Any, *args: Any,
                            **kwargs: Any) -> Any:

@@ -616,6 +616,31 @@ def test_what_is_saved_names_the_chain_as_it_is(place, monkeypatch):
     assert backend.renewed(whole) is None
 
 
+def test_what_a_rescued_server_is_defined_as(place, monkeypatch):
+    """Nova's file has the chain of then. The rescue's own is not needed."""
+    from nova.virt.libvirt import driver as stock
+    server = instance(image_ref='image')
+    image = image_of(place, server)
+    spawn(place, image)
+    kept = pathlib.Path(image.path).with_name('unrescue.xml')
+    kept.write_text(
+        f'<domain><devices>{backing_of(place, image)}</devices></domain>')
+    image_of(place, server, name='disk.rescue')
+    subprocess.run(
+        ['qemu-img', 'create', '-q', '-u', '-f', 'qcow2', '-F', 'qcow2', '-b',
+         place.base / f'{overlay.base_name("other")}_sm',
+         kept.with_name('disk.rescue'), '1M'], check=True, timeout=20)
+    place.host.hydrate('image')
+    no_export(place)
+    found = []
+    monkeypatch.setattr(
+        stock.LibvirtDriver, 'unrescue',
+        lambda self, context, instance: found.append(kept.read_text()))
+    driver_of().unrescue(None, server)
+    assert '/complete/image' in found[0]
+    assert 'nbd' not in found[0]
+
+
 def test_an_old_resized_base_is_no_stub(place):
     """Nova before Folsom left <sha1>_sm files."""
     place.base.mkdir()

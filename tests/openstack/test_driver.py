@@ -215,3 +215,29 @@ def test_a_revert_has_its_stubs_first(made, monkeypatch, error):
         lambda self, context, instance, *words: self.calls.append(words))
     made.finish_revert_migration(None, made.server, 'network', 'migration')
     assert made.calls == ['_resize', ('network', 'migration')]
+
+
+@pytest.mark.parametrize('does', [True, False])
+@pytest.mark.parametrize('name, words', [
+    ('reboot', ('network', 'SOFT')), ('rescue', ('network', 'image')),
+    ('unrescue', ())])
+def test_looked_at_before_a_guest_is_stopped(made, monkeypatch, name, words,
+                                             does):
+    def prepare(instance, stubs):
+        made.calls.append(stubs)
+        if not does:
+            raise driver.nova_exception.InvalidDiskInfo(reason='gone')
+
+    monkeypatch.setattr(made, '_stubs', lambda instance: {'disk': 'stub'})
+    monkeypatch.setattr(made, '_prepare', prepare)
+    monkeypatch.setattr(made, '_renew_kept', lambda instance: None)
+    monkeypatch.setattr(
+        stock.LibvirtDriver, name, lambda self, context, instance, *words:
+        self.calls.append(words))
+    if does:
+        getattr(made, name)(None, made.server, *words)
+        assert made.calls == [{'disk': 'stub'}, words]
+        return
+    with pytest.raises(driver.nova_exception.InvalidDiskInfo):
+        getattr(made, name)(None, made.server, *words)
+    assert made.calls == [{'disk': 'stub'}]
