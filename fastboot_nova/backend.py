@@ -59,6 +59,17 @@ def export_answers(path: pathlib.Path, seconds: float) -> bool:
     return True
 
 
+def check_enabled() -> None:
+    """See whether new servers of this host may lie on local blocks.
+
+    :raises Invalid: they may not, and why.
+    """
+    if not CONF.fastboot.enabled:
+        raise exception.Invalid('[fastboot] enabled is off')
+    if CONF.glance.verify_glance_signatures:
+        raise exception.Invalid('[glance] verify_glance_signatures is on')
+
+
 def stub_of(disk: str) -> pathlib.Path | None:
     """The stub that a disk's overlay names, whether it is there or not."""
     try:
@@ -239,12 +250,10 @@ class FastbootQcow2(imagebackend.Qcow2):
 
         :raises Invalid: and why.
         """
+        check_enabled()
         mapping = self.disk_info_mapping or {}
         instance = self._instance
         reasons = (
-            (not CONF.fastboot.enabled, '[fastboot] enabled is off'),
-            (CONF.glance.verify_glance_signatures,
-             '[glance] verify_glance_signatures is on'),
             (kwargs.get('trusted_certs'), 'the server has trusted '
                                           'certificates'),
             (mapping.get('encrypted'), 'the disk is encrypted'),

@@ -259,13 +259,15 @@ class FastbootLibvirtDriver(driver.LibvirtDriver):
             image.restore(stub, instance.image_ref, deadline)
             backend.check_chain(disk, deadline)
 
-    # Hosts without this driver. One would download the image to the name of
-    # our stub, and fail to open it, after the server was moved.
+    # Hosts without this driver, or without disks in qcow2. One would download
+    # the image to the name of our stub, and fail to open it, after the server
+    # was moved.
 
     def get_available_resource(self, nodename: str) -> Any:
         """Nova's, and that this host has this driver."""
         found = super().get_available_resource(nodename)
-        found['stats'] = {**(found.get('stats') or {}), MARK: 'true'}
+        if self._is_local:
+            found['stats'] = {**(found.get('stats') or {}), MARK: 'true'}
         return found
 
     def _create_shared_storage_test_file(self, instance: Any) -> str:
@@ -273,6 +275,8 @@ class FastbootLibvirtDriver(driver.LibvirtDriver):
         # whose destination the scheduler chose: the object that the two
         # exchange has no room for others.
         name: str = super()._create_shared_storage_test_file(instance)
+        if not self._is_local:
+            return name
         marked = f'{name}.{MARK}'
         directory = pathlib.Path(CONF.instances_path)
         (directory / name).rename(directory / marked)
@@ -384,6 +388,9 @@ class FastbootLibvirtDriver(driver.LibvirtDriver):
     def cache_image(self, context: Any, image_id: str) -> bool:
         """Bring all of an image to this host, before any server."""
         try:
+            if not self._is_local:
+                raise exception.Invalid('[libvirt] images_type is not qcow2')
+            backend.check_enabled()
             backend.agent().prepare(image_id)
         except exception.FastbootError as error:
             LOG.info('fastboot: image %s is cached the stock way: %s',
@@ -570,9 +577,9 @@ def _watched(guest: Any, instance: Any) -> Iterator[None]:
 
 def _refusal(host: str) -> str:
     return (f'the disk lies on local blocks, which {host} cannot read: '
-            f'compute_driver there is not fastboot.FastbootLibvirtDriver. '
-            f'Choose another host, or run "fastbootctl host detach" on this '
-            f'one first')
+            f'compute_driver there is not fastboot.FastbootLibvirtDriver, or '
+            f'images_type is not qcow2. Choose another host, or run '
+            f'"fastbootctl host detach" on this one first')
 
 
 def _mirror(delta: pathlib.Path) -> str:

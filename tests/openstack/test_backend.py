@@ -641,6 +641,26 @@ def test_what_a_rescued_server_is_defined_as(place, monkeypatch):
     assert 'nbd' not in found[0]
 
 
+def not_qcow2(place):
+    return False
+
+
+@pytest.mark.parametrize('spoil', [
+    None, switch_off, signatures, kill_agent, not_qcow2])
+def test_an_image_is_cached_where_servers_look(place, monkeypatch, spoil):
+    from nova.virt.libvirt import driver as stock
+    found = []
+    monkeypatch.setattr(stock.LibvirtDriver, 'cache_image',
+                        lambda self, context, image: found.append(image))
+    made = driver_of()
+    if spoil:
+        made._is_local = spoil(place) is not False
+    assert made.cache_image(None, 'image') is (spoil is None)
+    assert found == (['image'] if spoil else [])
+    prepared = [path for path, _ in place.agent.calls]
+    assert prepared == ([] if spoil else ['/v1/prepare'])
+
+
 def test_an_old_resized_base_is_no_stub(place):
     """Nova before Folsom left <sha1>_sm files."""
     place.base.mkdir()

@@ -241,3 +241,25 @@ def test_looked_at_before_a_guest_is_stopped(made, monkeypatch, name, words,
     with pytest.raises(driver.nova_exception.InvalidDiskInfo):
         getattr(made, name)(None, made.server, *words)
     assert made.calls == [{'disk': 'stub'}]
+
+
+@pytest.mark.parametrize('is_local', [True, False])
+def test_what_others_are_told_of_this_host(made, monkeypatch, tmp_path,
+                                           is_local):
+    """Disks on local blocks are qcow2: others cannot come here."""
+    made._is_local = is_local
+    (tmp_path / 'file').touch()
+    monkeypatch.setattr(stock.LibvirtDriver, 'get_available_resource',
+                        lambda self, node: {'stats': {'one': 1}})
+    monkeypatch.setattr(
+        stock.LibvirtDriver, '_create_shared_storage_test_file',
+        lambda self, instance: 'file')
+    assert (driver.MARK in made.get_available_resource('node')['stats']
+            ) is is_local
+    driver.CONF.set_override('instances_path', str(tmp_path))
+    try:
+        name = made._create_shared_storage_test_file(made.server)
+    finally:
+        driver.CONF.clear_override('instances_path')
+    assert name == ('file.fastboot' if is_local else 'file')
+    assert (tmp_path / name).exists()
