@@ -376,14 +376,15 @@ class FastbootLibvirtDriver(driver.LibvirtDriver):
 
     @staticmethod
     def _check_destination(context: Any, instance: Any) -> None:
-        migration = objects.Migration.get_by_instance_and_status(
-            context, instance.uuid, 'migrating')
+        # This one: a crash may have left others under way.
+        found = objects.Migration.get_by_id_and_instance(
+            context, instance.migration_context.migration_id, instance.uuid)
         node = objects.ComputeNode.get_by_host_and_nodename(
-            context, migration.dest_compute, migration.dest_node)
+            context, found.dest_compute, found.dest_node)
         if MARK not in (node.stats or {}):
             raise nova_exception.InstanceFaultRollback(
                 nova_exception.MigrationPreCheckError(
-                    reason=_refusal(migration.dest_compute)))
+                    reason=_refusal(found.dest_compute)))
 
     def cache_image(self, context: Any, image_id: str) -> bool:
         """Bring all of an image to this host, before any server."""

@@ -243,6 +243,38 @@ def test_looked_at_before_a_guest_is_stopped(made, monkeypatch, name, words,
     assert made.calls == [{'disk': 'stub'}]
 
 
+@pytest.mark.parametrize('host', ['new', 'stock'])
+def test_the_destination_is_that_of_this_migration(made, monkeypatch, host):
+    """Another one was left under way by a crash."""
+    def migration(host):
+        return types.SimpleNamespace(dest_compute=host, dest_node=host)
+
+    for name, words in (
+            ('Migration', {
+                'get_by_instance_and_status': lambda *words: migration(
+                    {'new': 'stock', 'stock': 'new'}[host]),
+                'get_by_id_and_instance': lambda context, number, uuid:
+                    migration({(7, 'one'): host}[number, uuid])}),
+            ('ComputeNode', {
+                'get_by_host_and_nodename': lambda context, host, node:
+                    types.SimpleNamespace(stats={
+                        driver.MARK: 'true'} if host == 'new' else {})})):
+        monkeypatch.setattr(driver.objects, name,
+                            types.SimpleNamespace(**words), raising=False)
+    monkeypatch.setattr(made, '_stubs', lambda instance: {'disk': 'stub'})
+    monkeypatch.setattr(
+        stock.LibvirtDriver, 'migrate_disk_and_power_off',
+        lambda self, context, instance, dest: dest)
+    made.server.migration_context = types.SimpleNamespace(migration_id=7)
+    if host == 'new':
+        assert made.migrate_disk_and_power_off(
+            None, made.server, 'ip') == 'ip'
+        return
+    with pytest.raises(driver.nova_exception.InstanceFaultRollback,
+                       match='which stock cannot'):
+        made.migrate_disk_and_power_off(None, made.server, 'ip')
+
+
 @pytest.mark.parametrize('is_local', [True, False])
 def test_what_others_are_told_of_this_host(made, monkeypatch, tmp_path,
                                            is_local):
