@@ -24,6 +24,13 @@ from fastboot_common import chain, exception, qcow2
 _HEADER: Final = struct.Struct('>IIQIIQ')
 #: Where a header has the L1 table's number of entries and offset.
 _L1: Final = slice(36, 48)
+#: Of an extension: type and length. Those of version 2 come at once.
+_EXTENSION: Final = struct.Struct('>II')
+_EXTENSIONS_V2: Final = 72
+_HEADER_LENGTH: Final = slice(100, 104)
+#: Which has the format of the backing, and is QEMU's first.
+_BACKING_FORMAT: Final = 0xE2792ACA
+_EXTENSIONS_LIMIT: Final = 4096
 #: What the specification allows (docs/interop/qcow2.txt).
 _BACKING_LIMIT: Final = 1023
 #: Bytes of the largest cluster; the string ends in the first one.
@@ -86,6 +93,33 @@ def read_backing(path: pathlib.Path) -> tuple[str | None, int] | None:
         raise exception.NotFound(f'{path} is not there') from error
     except (UnicodeDecodeError, OverflowError, ValueError) as error:
         raise exception.Corrupt(f'{path}: backing string: {error}') from error
+
+
+def backing_format(path: pathlib.Path) -> str | None:
+    """The format that a qcow2 file says its backing has.
+
+    :returns: None if it does not say, or is no qcow2.
+    :raises NotFound: there is no such file.
+    """
+    try:
+        with open(path, 'rb') as file:
+            head = file.read(_EXTENSIONS_LIMIT)
+    except FileNotFoundError as error:
+        raise exception.NotFound(f'{path} is not there') from error
+    magic, version = head[:4], int.from_bytes(head[4:8], 'big')
+    if int.from_bytes(magic, 'big') != qcow2.MAGIC:
+        return None
+    place = _EXTENSIONS_V2 if version == 2 else int.from_bytes(
+        head[_HEADER_LENGTH], 'big')
+    while place + _EXTENSION.size <= len(head):
+        kind, length = _EXTENSION.unpack_from(head, place)
+        place += _EXTENSION.size
+        if kind == _BACKING_FORMAT:
+            return head[place:place + length].decode(errors='replace')
+        if not kind:
+            break
+        place += -(-length // 8) * 8
+    return None
 
 
 def is_empty(path: pathlib.Path) -> bool:

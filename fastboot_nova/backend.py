@@ -72,15 +72,19 @@ def check_enabled() -> None:
 
 def stub_of(disk: str) -> pathlib.Path | None:
     """The stub that a disk's overlay names, whether it is there or not."""
+    path = pathlib.Path(disk)
     try:
-        found = overlay.read_backing(pathlib.Path(disk))
+        found = overlay.read_backing(path)
         if not found or not found[0]:
             return None
         base = pathlib.Path(found[0])
         is_ours = base.is_absolute() and base.parent == base_directory() \
             and base.name.endswith(overlay.SUFFIX)
-        # An old resized base may have the name; it has no such content.
-        if is_ours and (not base.exists() or overlay.read_stub(base)):
+        # An old resized base may have the name; it has no such content. Nor
+        # has what Nova's own driver makes there, in our absence, for a disk
+        # of ours.
+        if is_ours and (not base.exists() or overlay.read_stub(base)
+                        or overlay.backing_format(path) == 'qcow2'):
             return base
     except exception.NotFound:
         pass
@@ -280,7 +284,10 @@ class FastbootQcow2(imagebackend.Qcow2):
                 f'the export does not answer at {lease.socket}')
 
     def _write_stub(self, stub: pathlib.Path, link: chain.Link) -> None:
-        """Make the stub, or renew one that says something else."""
+        """Make the stub, or renew one that says something else.
+
+        :raises Unavailable: another's base is in its place.
+        """
         fileutils.ensure_tree(str(stub.parent))
 
         # The lock that Nova's cache manager holds when it removes a base.
@@ -288,6 +295,8 @@ class FastbootQcow2(imagebackend.Qcow2):
                             lock_path=self.lock_path)
         def write() -> None:
             found = overlay.read_backing(stub) if stub.exists() else None
+            if found is None and stub.exists():
+                _put_aside(stub)
             if not found or found[0] != link.backing:
                 chain.make_stub(stub, link)
                 return
@@ -328,7 +337,7 @@ class FastbootQcow2(imagebackend.Qcow2):
 
     @staticmethod
     def _usable(stub: pathlib.Path) -> bool:
-        with contextlib.suppress(exception.NotFound):
+        with contextlib.suppress(exception.FastbootError):
             overlay.follow(stub)
             return True
         return False
@@ -388,6 +397,23 @@ class FastbootQcow2(imagebackend.Qcow2):
             raise nova_exception.InvalidDiskInfo(
                 reason=f'{self.path}: {error}') from error
         return _element(stub, link, _device(stub, link, cache_mode))
+
+
+def _put_aside(base: pathlib.Path) -> None:
+    """Make room for a stub where a raw base is.
+
+    Under a name that Nova's cache manager knows, and removes. Who has it open
+    keeps it.
+
+    :raises Unavailable: a disk lies on it as it is.
+    """
+    for disk in overlay.lying_on(base):
+        if overlay.backing_format(disk) != 'qcow2':
+            raise exception.Unavailable(
+                f'{disk} lies on {base}, which is no stub')
+    aside = base.with_name(base.name.removesuffix(overlay.SUFFIX) + '_raw')
+    base.rename(aside)
+    LOG.warning('fastboot: %s was no stub; it is %s now', base, aside)
 
 
 def _device(stub: pathlib.Path, link: chain.Link,

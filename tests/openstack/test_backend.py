@@ -642,6 +642,31 @@ def test_what_a_rescued_server_is_defined_as(place, monkeypatch):
     assert 'nbd' not in found[0]
 
 
+def test_what_nova_made_at_a_stubs_name(place, notices):
+    """With its own driver, for a disk of ours; it is raw."""
+    server = instance(image_ref='image')
+    image = image_of(place, server)
+    spawn(place, image)
+    stub(place).write_bytes(place.raw)
+    assert backend.stub_of(image.path) == stub(place)
+    prepare(place, server)
+    assert content(image.path)[:1 << 20] == place.raw
+    assert stub(place).with_name(
+        overlay.base_name('image') + '_raw').read_bytes() == place.raw
+
+
+def test_an_old_base_at_a_stubs_name_stays(place, notices):
+    place.base.mkdir()
+    stub(place).write_bytes(place.raw)
+    old = image_of(place)
+    subprocess.run(['qemu-img', 'create', '-q', '-f', 'qcow2', '-b',
+                    stub(place), '-F', 'raw', old.path], check=True,
+                   timeout=20)
+    assert len(spawn(place, image_of(place))) == 1
+    assert stub(place).read_bytes() == place.raw
+    assert 'is no stub' in notices[0][2]
+
+
 def not_qcow2(place):
     return False
 
