@@ -501,8 +501,9 @@ def _rechained(domain: str, make: Callable[[pathlib.Path, Any], Any],
 
 
 def _places(layer: Any) -> list[tuple[str | None, ...]]:
-    return [tuple(map(found.get, ('file', 'dev', 'name', 'socket')))
-            for found in layer.iter('source', 'host')]
+    names = 'file', 'dev', 'name', 'socket', 'offset', 'size'
+    return [tuple(map(found.get, names))
+            for found in layer.iter('source', 'host', 'slice')]
 
 
 def patience() -> float:

@@ -556,6 +556,7 @@ def suspend_and_resume(room, settings, uuid, disk):
         uuid, room, disk))
     domain.create()
     domain.managedSave()
+    assert backend.renewed(domain.managedSaveGetXMLDesc()) is None
     made = driver_of(_host=types.SimpleNamespace(
         get_guest=lambda instance: guest.Guest(domain)))
     stock.LibvirtDriver.resume = lambda *words: domain.create()
@@ -597,6 +598,8 @@ def test_what_is_saved_names_the_chain_as_it_is(place, monkeypatch):
     lazy = domain.format(backing_of(place, image))
     assert backend.renewed(lazy) is None
     assert backend.renewed(domain.format('<disk/>')) is None
+    moved = lazy.replace('offset="65536"', 'offset="131072"')
+    assert 'offset="65536"' in backend.renewed(moved)
     acquire = place.agent.acquire
     monkeypatch.setattr(place.agent, 'acquire', lambda body: {
         **acquire(body), 'loop': '/dev/loop0'})
