@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 import struct
 from collections.abc import Iterator
 from typing import Final
@@ -23,6 +24,13 @@ from fastboot_common import chain, exception, qcow2
 _HEADER: Final = struct.Struct('>IIQIIQ')
 #: Where a header has the L1 table's number of entries and offset.
 _L1: Final = slice(36, 48)
+#: Of an extension: type and length. Those of version 2 come at once.
+_EXTENSION: Final = struct.Struct('>II')
+_EXTENSIONS_V2: Final = 72
+_HEADER_LENGTH: Final = slice(100, 104)
+#: Which has the format of the backing, and is QEMU's first.
+_BACKING_FORMAT: Final = 0xE2792ACA
+_EXTENSIONS_LIMIT: Final = 4096
 #: What the specification allows (docs/interop/qcow2.txt).
 _BACKING_LIMIT: Final = 1023
 #: Bytes of the largest cluster; the string ends in the first one.
@@ -31,6 +39,9 @@ _DESCRIPTION_LIMIT: Final = 64 << 10
 _PREFIX: Final = 'json:'
 #: Behind the name that Nova gives an image's base: its stub.
 SUFFIX: Final = '_sm'
+#: The disks that Nova makes as overlays. Others a guest may write as it likes,
+#: from the first byte: its config drive, for instance.
+_DISKS: Final = re.compile(r'disk(\.(rescue|local|swap|eph\d+))?')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +95,33 @@ def read_backing(path: pathlib.Path) -> tuple[str | None, int] | None:
         raise exception.Corrupt(f'{path}: backing string: {error}') from error
 
 
+def backing_format(path: pathlib.Path) -> str | None:
+    """The format that a qcow2 file says its backing has.
+
+    :returns: None if it does not say, or is no qcow2.
+    :raises NotFound: there is no such file.
+    """
+    try:
+        with open(path, 'rb') as file:
+            head = file.read(_EXTENSIONS_LIMIT)
+    except FileNotFoundError as error:
+        raise exception.NotFound(f'{path} is not there') from error
+    magic, version = head[:4], int.from_bytes(head[4:8], 'big')
+    if int.from_bytes(magic, 'big') != qcow2.MAGIC:
+        return None
+    place = _EXTENSIONS_V2 if version == 2 else int.from_bytes(
+        head[_HEADER_LENGTH], 'big')
+    while place + _EXTENSION.size <= len(head):
+        kind, length = _EXTENSION.unpack_from(head, place)
+        place += _EXTENSION.size
+        if kind == _BACKING_FORMAT:
+            return head[place:place + length].decode(errors='replace')
+        if not kind:
+            break
+        place += -(-length // 8) * 8
+    return None
+
+
 def is_empty(path: pathlib.Path) -> bool:
     """Whether nothing was ever written to an overlay.
 
@@ -107,6 +145,16 @@ def is_empty(path: pathlib.Path) -> bool:
         return False
 
 
+def disks(instances: pathlib.Path, server: str = '*') -> list[pathlib.Path]:
+    """The disks of servers that may be overlays.
+
+    :param instances: Nova's ``instances_path``.
+    :param server: the directory of one of them.
+    """
+    return sorted(path for path in instances.glob(f'{server}/disk*')
+                  if _DISKS.fullmatch(path.name))
+
+
 def lying_on(base: pathlib.Path) -> Iterator[pathlib.Path]:
     """The disks of servers that name a base as their backing.
 
@@ -115,7 +163,7 @@ def lying_on(base: pathlib.Path) -> Iterator[pathlib.Path]:
 
     :param base: in Nova's directory of bases; it need not be there.
     """
-    for disk in base.parent.parent.glob('*/disk*'):
+    for disk in disks(base.parent.parent):
         with contextlib.suppress(exception.FastbootError):
             found = read_backing(disk)
             if found and found[0] == str(base):

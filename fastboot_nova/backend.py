@@ -15,6 +15,7 @@ import errno
 import os
 import pathlib
 import time
+from collections.abc import Callable
 from typing import Any, Final
 from xml.etree import ElementTree
 
@@ -58,21 +59,39 @@ def export_answers(path: pathlib.Path, seconds: float) -> bool:
     return True
 
 
+def check_enabled() -> None:
+    """See whether new servers of this host may lie on local blocks.
+
+    :raises Invalid: they may not, and why.
+    """
+    if not CONF.fastboot.enabled:
+        raise exception.Invalid('[fastboot] enabled is off')
+    if CONF.glance.verify_glance_signatures:
+        raise exception.Invalid('[glance] verify_glance_signatures is on')
+
+
 def stub_of(disk: str) -> pathlib.Path | None:
     """The stub that a disk's overlay names, whether it is there or not."""
+    path = pathlib.Path(disk)
     try:
-        found = overlay.read_backing(pathlib.Path(disk))
+        found = overlay.read_backing(path)
+        if not found or not found[0]:
+            return None
+        base = pathlib.Path(found[0])
+        is_ours = base.is_absolute() and base.parent == base_directory() \
+            and base.name.endswith(overlay.SUFFIX)
+        # An old resized base may have the name; it has no such content. Nor
+        # has what Nova's own driver makes there, in our absence, for a disk
+        # of ours.
+        if is_ours and (not base.exists() or overlay.read_stub(base)
+                        or overlay.backing_format(path) == 'qcow2'):
+            return base
     except exception.NotFound:
-        return None
-    if not found or not found[0]:
-        return None
-    base = pathlib.Path(found[0])
-    is_ours = base.is_absolute() and base.parent == base_directory() \
-        and base.name.endswith(overlay.SUFFIX)
-    # An old resized base may have the name; it has no such content.
-    if not is_ours or (base.exists() and not overlay.read_stub(base)):
-        return None
-    return base
+        pass
+    except (exception.FastbootError, OSError) as error:
+        LOG.warning('fastboot: what %s lies on cannot be read, so nothing is '
+                    'done for it: %s', disk, error)
+    return None
 
 
 def base_directory() -> pathlib.Path:
@@ -235,12 +254,10 @@ class FastbootQcow2(imagebackend.Qcow2):
 
         :raises Invalid: and why.
         """
+        check_enabled()
         mapping = self.disk_info_mapping or {}
         instance = self._instance
         reasons = (
-            (not CONF.fastboot.enabled, '[fastboot] enabled is off'),
-            (CONF.glance.verify_glance_signatures,
-             '[glance] verify_glance_signatures is on'),
             (kwargs.get('trusted_certs'), 'the server has trusted '
                                           'certificates'),
             (mapping.get('encrypted'), 'the disk is encrypted'),
@@ -267,7 +284,10 @@ class FastbootQcow2(imagebackend.Qcow2):
                 f'the export does not answer at {lease.socket}')
 
     def _write_stub(self, stub: pathlib.Path, link: chain.Link) -> None:
-        """Make the stub, or renew one that says something else."""
+        """Make the stub, or renew one that says something else.
+
+        :raises Unavailable: another's base is in its place.
+        """
         fileutils.ensure_tree(str(stub.parent))
 
         # The lock that Nova's cache manager holds when it removes a base.
@@ -275,6 +295,8 @@ class FastbootQcow2(imagebackend.Qcow2):
                             lock_path=self.lock_path)
         def write() -> None:
             found = overlay.read_backing(stub) if stub.exists() else None
+            if found is None and stub.exists():
+                _put_aside(stub)
             if not found or found[0] != link.backing:
                 chain.make_stub(stub, link)
                 return
@@ -285,14 +307,15 @@ class FastbootQcow2(imagebackend.Qcow2):
 
         write()
 
-    def restore(self, stub: pathlib.Path,
-                image_id: str | None = None) -> pathlib.Path:
+    def restore(self, stub: pathlib.Path, image_id: str | None = None,
+                deadline: float | None = None) -> pathlib.Path:
         """See to it that a stub which a disk needs is there, and leased.
 
         :param image_id: a guess.
-        :raises InvalidDiskInfo: it is not, after ``[fastboot] patience``.
+        :param deadline: until when to wait; None: :func:`patience`.
+        :raises InvalidDiskInfo: it is not there by then.
         """
-        deadline = time.monotonic() + CONF.fastboot.patience
+        deadline = patience() if deadline is None else deadline
         while True:
             try:
                 lease = agent().acquire(
@@ -314,7 +337,7 @@ class FastbootQcow2(imagebackend.Qcow2):
 
     @staticmethod
     def _usable(stub: pathlib.Path) -> bool:
-        with contextlib.suppress(exception.NotFound):
+        with contextlib.suppress(exception.FastbootError):
             overlay.follow(stub)
             return True
         return False
@@ -373,22 +396,39 @@ class FastbootQcow2(imagebackend.Qcow2):
         except exception.FastbootError as error:
             raise nova_exception.InvalidDiskInfo(
                 reason=f'{self.path}: {error}') from error
-        return _element(stub, link, self._device(stub, link, cache_mode))
+        return _element(stub, link, _device(stub, link, cache_mode))
 
-    @staticmethod
-    def _device(stub: pathlib.Path, link: chain.Link,
-                cache_mode: str) -> pathlib.Path | None:
-        """What to read the volume through, so that guests share memory.
 
-        With O_DIRECT they would not: the agent may have a loop device.
-        """
-        if cache_mode not in ('none', 'directsync'):
-            return None
-        with contextlib.suppress(exception.FastbootError):
-            device = agent().acquire(link.image_id, stub).device
-            if device and device.is_block_device():
-                return device
+def _put_aside(base: pathlib.Path) -> None:
+    """Make room for a stub where a raw base is.
+
+    Under a name that Nova's cache manager knows, and removes. Who has it open
+    keeps it.
+
+    :raises Unavailable: a disk lies on it as it is.
+    """
+    for disk in overlay.lying_on(base):
+        if overlay.backing_format(disk) != 'qcow2':
+            raise exception.Unavailable(
+                f'{disk} lies on {base}, which is no stub')
+    aside = base.with_name(base.name.removesuffix(overlay.SUFFIX) + '_raw')
+    base.rename(aside)
+    LOG.warning('fastboot: %s was no stub; it is %s now', base, aside)
+
+
+def _device(stub: pathlib.Path, link: chain.Link,
+            cache_mode: str) -> pathlib.Path | None:
+    """What to read the volume through, so that guests share memory.
+
+    With O_DIRECT they would not: the agent may have a loop device.
+    """
+    if cache_mode not in ('none', 'directsync'):
         return None
+    with contextlib.suppress(exception.FastbootError):
+        device = agent().acquire(link.image_id, stub).device
+        if device and device.is_block_device():
+            return device
+    return None
 
 
 def _element(stub: pathlib.Path, link: chain.Link,
@@ -417,26 +457,66 @@ def portable(domain: str) -> str:
 
     :param domain: the XML of a domain on this host.
     """
-    tree = etree.fromstring(domain)
+    def lazy(stub: pathlib.Path, disk: Any) -> Any:
+        link = dataclasses.replace(overlay.follow(stub), complete=None)
+        return _element(stub, link)
+
+    return _rechained(domain, lazy)[0]
+
+
+def renewed(domain: str) -> str | None:
+    """The XML of a domain that is off, with its chains as they are now.
+
+    :returns: None: they are still as the XML says.
+    :raises Corrupt: stub and volume contradict each other.
+    """
+    def current(stub: pathlib.Path, disk: Any) -> Any:
+        link = overlay.follow(stub)
+        mode = disk.find('driver').get('cache', '')
+        return _element(stub, link, _device(stub, link, mode))
+
+    found, changed = _rechained(domain, current)
+    return found if changed else None
+
+
+def _rechained(domain: str, make: Callable[[pathlib.Path, Any], Any],
+               ) -> tuple[str, bool]:
+    """The XML of a domain with other chains, and whether they differ.
+
+    :param make: gives the chain from a stub on, for a ``<disk>``.
+    """
+    tree, changed = etree.fromstring(domain), False
     for layer in tree.findall('./devices/disk/backingStore'):
         source = layer.find('source')
         name = source.get('file') if source is not None else None
         if name is None or not name.endswith(overlay.SUFFIX):
             continue
-        stub = pathlib.Path(name)
+        disk = layer.getparent()
         with contextlib.suppress(exception.NotFound):
-            link = dataclasses.replace(overlay.follow(stub), complete=None)
-            disk = layer.getparent()
-            disk.replace(layer, _element(stub, link))
+            other = make(pathlib.Path(name), disk)
+            changed |= _places(other) != _places(layer)
+            disk.replace(layer, other)
             _pause_rather_than_fail(disk)
-    return str(etree.tostring(tree, encoding='unicode'))
+    return str(etree.tostring(tree, encoding='unicode')), changed
 
 
-def check_chain(disk: str) -> None:
+def _places(layer: Any) -> list[tuple[str | None, ...]]:
+    names = 'file', 'dev', 'name', 'socket', 'offset', 'size'
+    return [tuple(map(found.get, names))
+            for found in layer.iter('source', 'host', 'slice')]
+
+
+def patience() -> float:
+    """Until when what disks need is waited for from now on (monotonic)."""
+    return time.monotonic() + float(CONF.fastboot.patience)
+
+
+def check_chain(disk: str, deadline: float = 0) -> None:
     """Prove that a disk on a stub could be opened now.
 
     Asked before a running guest is destroyed for a new start.
 
+    :param deadline: until when the export is waited for.
     :raises InvalidDiskInfo: it could not, and why.
     """
     stub = stub_of(disk)
@@ -452,7 +532,11 @@ def check_chain(disk: str) -> None:
         raise nova_exception.InvalidDiskInfo(
             reason=f'{disk}: {error}') from error
     path = pathlib.Path(CONF.fastboot.export_socket)
-    if not link.complete and not export_answers(path, CONF.fastboot.timeout):
-        raise nova_exception.InvalidDiskInfo(
-            reason=f'{disk}: blocks that are not on this host yet come from '
-                   f'{path}, where nobody answers; start fastboot-agent')
+    while not link.complete and not export_answers(
+            path, CONF.fastboot.timeout):
+        if time.monotonic() > deadline:
+            raise nova_exception.InvalidDiskInfo(
+                reason=f'{disk}: blocks that are not on this host yet come '
+                       f'from {path}, where nobody answers; start '
+                       f'fastboot-agent')
+        time.sleep(_RETRY_SECONDS)

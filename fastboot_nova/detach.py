@@ -60,7 +60,7 @@ def find(instances: pathlib.Path) -> Iterator[Disk]:
 
     :param instances: Nova's ``instances_path``.
     """
-    for path in sorted(instances.glob('*/disk*')):
+    for path in overlay.disks(instances):
         with contextlib.suppress(exception.FastbootError, OSError):
             found = overlay.read_backing(path)
             if not found or not found[0]:

@@ -29,7 +29,7 @@ from nova.virt.libvirt import utils as libvirt_utils
 from oslo_log import log as logging
 from oslo_utils import fileutils, units
 
-from fastboot_common import chain, exception, overlay
+from fastboot_common import chain, exception, files, overlay
 from fastboot_nova import backend, spawn
 
 LOG = logging.getLogger(__name__)
@@ -102,7 +102,7 @@ class FastbootLibvirtDriver(driver.LibvirtDriver):
             self, context: Any, xml: str, instance: Any,
             power_on: bool = True, pause: bool = False,
             post_xml_callback: Any = None) -> Any:
-        if instance.uuid in self._new and power_on:
+        if self._is_local and instance.uuid in self._new and power_on:
             guest = spawn.attempt(self._host, xml, instance,
                                   post_xml_callback or (lambda: None))
             if guest is not None:
@@ -144,8 +144,13 @@ class FastbootLibvirtDriver(driver.LibvirtDriver):
     def _destroy(self, instance: Any) -> None:
         # The way of all that ends a guest: nobody starts one anew that has
         # just rebooted, under the hands of Nova.
-        if _stubs(instance):
-            spawn.leave(instance)
+        try:
+            if self._stubs(instance):
+                spawn.leave(instance)
+        except Exception as error:
+            # A server can be ended, whatever there is.
+            LOG.warning('fastboot: the agent is not told of the end: %s',
+                        error, instance=instance)
         self._resumed.discard(instance.uuid)
         super()._destroy(instance)
 
@@ -157,7 +162,7 @@ class FastbootLibvirtDriver(driver.LibvirtDriver):
         with stubs than with bases.
         """
         try:
-            self._prepare(instance, _stubs(instance, '_resize'))
+            self._prepare(instance, self._stubs(instance, '_resize'))
         except nova_exception.InvalidDiskInfo as error:
             # It fails where Nova can go on from.
             LOG.warning('fastboot: %s', error, instance=instance)
@@ -167,8 +172,55 @@ class FastbootLibvirtDriver(driver.LibvirtDriver):
                      **kwargs: Any) -> Any:
         # Nova destroys the domain first and makes missing bases last. Also
         # the way of every start (power_on, resume_state_on_host_boot).
-        self._prepare(instance, _stubs(instance))
+        self._prepare(instance, self._stubs(instance))
         return super()._hard_reboot(context, instance, *args, **kwargs)
+
+    def reboot(self, context: Any, instance: Any, network_info: Any,
+               reboot_type: str, *args: Any, **kwargs: Any) -> Any:
+        """As Nova's; also a soft one ends what runs, and starts it anew.
+
+        :raises InvalidDiskInfo: it could not be started; it runs on.
+        """
+        if reboot_type == 'SOFT':
+            self._prepare(instance, self._stubs(instance))
+        return super().reboot(context, instance, network_info, reboot_type,
+                              *args, **kwargs)
+
+    def rescue(self, context: Any, instance: Any, *args: Any,
+               **kwargs: Any) -> None:
+        """As Nova's, which has switched the server off.
+
+        :raises InvalidDiskInfo: what its disk lies on does not come.
+        """
+        self._prepare(instance, self._stubs(instance))
+        super().rescue(context, instance, *args, **kwargs)
+
+    def unrescue(self, context: Any, instance: Any) -> None:
+        """As Nova's.
+
+        :raises InvalidDiskInfo: the server could not be started; what it is
+            rescued with runs on.
+        """
+        stubs = self._stubs(instance)
+        self._prepare(instance, {
+            disk: stub for disk, stub in stubs.items()
+            if not disk.endswith('.rescue')})
+        if stubs:
+            self._renew_kept(instance)
+        super().unrescue(context, instance)
+
+    @staticmethod
+    def _renew_kept(instance: Any) -> None:
+        # Like what is saved of a suspended server.
+        path = pathlib.Path(libvirt_utils.get_instance_path(instance),
+                            'unrescue.xml')
+        try:
+            renewed = backend.renewed(path.read_text())
+            if renewed is not None:
+                files.write_atomically(path, renewed.encode())
+        except (exception.FastbootError, OSError) as error:
+            raise nova_exception.InvalidDiskInfo(
+                reason=f'{path}: {error}') from error
 
     def pre_live_migration(self, context: Any, instance: Any, *args: Any,
                            **kwargs: Any) -> Any:
@@ -178,27 +230,44 @@ class FastbootLibvirtDriver(driver.LibvirtDriver):
         volume below them is never shared.
         """
         data = super().pre_live_migration(context, instance, *args, **kwargs)
-        self._prepare(instance, _stubs(instance))
+        self._prepare(instance, self._stubs(instance))
         return data
+
+    def _stubs(self, instance: Any, end: str = '') -> dict[str, pathlib.Path]:
+        """The disks of a server that lie on stubs.
+
+        :param end: of the name of the server's directory.
+        """
+        if not self._is_local:
+            return {}
+        directory = pathlib.Path(
+            libvirt_utils.get_instance_path(instance) + end)
+        disks = map(str, overlay.disks(directory.parent, directory.name))
+        return {disk: stub for disk in disks
+                if (stub := backend.stub_of(disk)) is not None}
 
     def _prepare(self, instance: Any,
                  stubs: dict[str, pathlib.Path]) -> None:
         """Have here what the disks of a server lie on.
 
-        :raises InvalidDiskInfo: it does not come.
+        :raises InvalidDiskInfo: it does not come, within ``[fastboot]
+            patience`` for all of them.
         """
+        deadline = backend.patience()
         for disk, stub in stubs.items():
             image = self.image_backend.by_libvirt_path(instance, disk)
-            image.restore(stub, instance.image_ref)
-            backend.check_chain(disk)
+            image.restore(stub, instance.image_ref, deadline)
+            backend.check_chain(disk, deadline)
 
-    # Hosts without this driver. One would download the image to the name of
-    # our stub, and fail to open it, after the server was moved.
+    # Hosts without this driver, or without disks in qcow2. One would download
+    # the image to the name of our stub, and fail to open it, after the server
+    # was moved.
 
     def get_available_resource(self, nodename: str) -> Any:
         """Nova's, and that this host has this driver."""
         found = super().get_available_resource(nodename)
-        found['stats'] = {**(found.get('stats') or {}), MARK: 'true'}
+        if self._is_local:
+            found['stats'] = {**(found.get('stats') or {}), MARK: 'true'}
         return found
 
     def _create_shared_storage_test_file(self, instance: Any) -> str:
@@ -206,6 +275,8 @@ class FastbootLibvirtDriver(driver.LibvirtDriver):
         # whose destination the scheduler chose: the object that the two
         # exchange has no room for others.
         name: str = super()._create_shared_storage_test_file(instance)
+        if not self._is_local:
+            return name
         marked = f'{name}.{MARK}'
         directory = pathlib.Path(CONF.instances_path)
         (directory / name).rename(directory / marked)
@@ -219,7 +290,7 @@ class FastbootLibvirtDriver(driver.LibvirtDriver):
         :raises MigrationPreCheckError: it has not, and is needed; or the
             guest stands still, because blocks of its disk do not come.
         """
-        if _stubs(instance):
+        if self._stubs(instance):
             if not dest_check_data.filename.endswith(f'.{MARK}'):
                 raise nova_exception.MigrationPreCheckError(
                     reason=_refusal('the destination'))
@@ -239,6 +310,49 @@ class FastbootLibvirtDriver(driver.LibvirtDriver):
                        'migrated, once fastboot-agent and its repository '
                        'are back')
 
+    # What is suspended
+
+    def resume(self, context: Any, instance: Any, *args: Any,
+               **kwargs: Any) -> None:
+        """As Nova's, once the guest can go on.
+
+        Nova throws away the memory of one that cannot.
+
+        :raises InstanceFaultRollback: it cannot now, and stays suspended.
+        """
+        try:
+            stubs = self._stubs(instance)
+            self._prepare(instance, stubs)
+            if stubs:
+                self._renew_saved(instance)
+        except nova_exception.InvalidDiskInfo as error:
+            raise nova_exception.InstanceFaultRollback(error) from error
+        super().resume(context, instance, *args, **kwargs)
+
+    def _renew_saved(self, instance: Any) -> None:
+        """Have what libvirt saved of a guest name its chain as it is now.
+
+        It may name a block device that another volume has since the host
+        was started, or an export that is not needed any more.
+
+        :raises InvalidDiskInfo: that cannot be.
+        """
+        libvirt = driver.libvirt
+        try:
+            domain = self._host.get_guest(instance)._domain
+            if not domain.hasManagedSaveImage():
+                return
+            renewed = backend.renewed(domain.managedSaveGetXMLDesc(
+                libvirt.VIR_DOMAIN_SAVE_IMAGE_XML_SECURE))
+            if renewed is not None:
+                domain.managedSaveDefineXML(renewed)
+        except nova_exception.InstanceNotFound:
+            return
+        except (exception.FastbootError, libvirt.libvirtError) as error:
+            raise nova_exception.InvalidDiskInfo(
+                reason=f'what is saved of the server cannot be resumed: '
+                       f'{error}') from error
+
     def _wait_for_running(self, instance: Any) -> None:
         # Of a resume. A guest that stood still when it was suspended does
         # so when it is restored, and Nova would wait for ever.
@@ -255,25 +369,29 @@ class FastbootLibvirtDriver(driver.LibvirtDriver):
 
         :raises InstanceFaultRollback: it has not, and is needed.
         """
-        if _stubs(instance):
+        if self._stubs(instance):
             self._check_destination(context, instance)
         return super().migrate_disk_and_power_off(
             context, instance, dest, *args, **kwargs)
 
     @staticmethod
     def _check_destination(context: Any, instance: Any) -> None:
-        migration = objects.Migration.get_by_instance_and_status(
-            context, instance.uuid, 'migrating')
+        # This one: a crash may have left others under way.
+        found = objects.Migration.get_by_id_and_instance(
+            context, instance.migration_context.migration_id, instance.uuid)
         node = objects.ComputeNode.get_by_host_and_nodename(
-            context, migration.dest_compute, migration.dest_node)
+            context, found.dest_compute, found.dest_node)
         if MARK not in (node.stats or {}):
             raise nova_exception.InstanceFaultRollback(
                 nova_exception.MigrationPreCheckError(
-                    reason=_refusal(migration.dest_compute)))
+                    reason=_refusal(found.dest_compute)))
 
     def cache_image(self, context: Any, image_id: str) -> bool:
         """Bring all of an image to this host, before any server."""
         try:
+            if not self._is_local:
+                raise exception.Invalid('[libvirt] images_type is not qcow2')
+            backend.check_enabled()
             backend.agent().prepare(image_id)
         except exception.FastbootError as error:
             LOG.info('fastboot: image %s is cached the stock way: %s',
@@ -340,7 +458,7 @@ class FastbootLibvirtDriver(driver.LibvirtDriver):
         It would meet the volume's poison. The copy is a transient job, so
         the domain stays defined.
         """
-        stub = backend.stub_of(disk_path)
+        stub = backend.stub_of(disk_path) if self._is_local else None
         if stub is None:
             super()._live_snapshot(context, instance, guest, disk_path,
                                    out_path, source_format, image_format,
@@ -458,22 +576,11 @@ def _watched(guest: Any, instance: Any) -> Iterator[None]:
         unless = None
 
 
-def _stubs(instance: Any, end: str = '') -> dict[str, pathlib.Path]:
-    """The disks of a server that lie on stubs.
-
-    :param end: of the name of the server's directory.
-    """
-    directory = pathlib.Path(libvirt_utils.get_instance_path(instance) + end)
-    disks = sorted(map(str, directory.glob('disk*')))
-    return {disk: stub for disk in disks
-            if (stub := backend.stub_of(disk)) is not None}
-
-
 def _refusal(host: str) -> str:
     return (f'the disk lies on local blocks, which {host} cannot read: '
-            f'compute_driver there is not fastboot.FastbootLibvirtDriver. '
-            f'Choose another host, or run "fastbootctl host detach" on this '
-            f'one first')
+            f'compute_driver there is not fastboot.FastbootLibvirtDriver, or '
+            f'images_type is not qcow2. Choose another host, or run '
+            f'"fastbootctl host detach" on this one first')
 
 
 def _mirror(delta: pathlib.Path) -> str:

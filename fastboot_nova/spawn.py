@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import os
 import pathlib
+import re
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, Final, Self
@@ -32,8 +33,10 @@ CONF = nova.conf.CONF
 
 #: Extra spec of flavors; "no": servers are not resumed.
 MICROVM: Final = 'fastboot:microvm'
-#: Extra specs that ask for a processor which the template may not have.
-_TRAITS: Final = 'trait:HW_CPU_'
+#: Traits of a processor, which the template may not have.
+_PROCESSOR: Final = 'HW_CPU_'
+#: Extra specs that ask for one, of all resources or of a group of them.
+_TRAITS: Final = re.compile(f'trait[^:]*:{_PROCESSOR}')
 _BUSY_SECONDS: Final = 0.05
 #: Within which a QEMU is gone that takes no more orders.
 _ENDING_SECONDS: Final = 2.0
@@ -187,8 +190,11 @@ def _check_wishes(instance: Any) -> None:
         raise exception.NotFound(f'the flavor has {MICROVM}='
                                  f'{specs[MICROVM]}')
     for name in specs:
-        if name.startswith(_TRAITS):
+        if _TRAITS.match(name):
             raise exception.NotFound(f'the flavor has {name}')
+    for name in instance.image_meta.properties.get('traits_required', []):
+        if name.startswith(_PROCESSOR):
+            raise exception.NotFound(f'the image requires {name}')
 
 
 def _take(image_id: str, holder: str) -> remote.Lane:

@@ -44,8 +44,9 @@ OPTS = [
     cfg.FloatOpt(
         'patience', default=60.0, min=0,
         help='Seconds that a server whose disk already lies on local blocks '
-             'waits until they are here: a migration to a host that never '
-             'saw the image, or a start while the agent restarts.'),
+             'waits until they are here, or the export is that has the rest: '
+             'a migration to a host that never saw the image, or a start '
+             'while the agent restarts.'),
     cfg.BoolOpt(
         'resume', default=True,
         help='Whether new servers are resumed where the host has a µVM of '

@@ -111,6 +111,15 @@ def test_disks_become_plain(place):
         place.base.name]
 
 
+def test_what_a_guest_writes_is_no_disk(place):
+    """It has its config drive byte by byte."""
+    hostile = place.instances / 'one' / 'disk.config'
+    shutil.copy(place.disks[0], hostile)
+    assert hostile not in [
+        disk.path for disk in detach.find(place.instances)]
+    assert hostile not in overlay.lying_on(place.stub)
+
+
 def test_a_base_of_novas_is_used(place):
     place.base.write_bytes(place.world.data['image'])
     inode = place.base.stat().st_ino

@@ -361,6 +361,7 @@ def read_disk(data):
     path = directory / f'{overlay.base_name(IMAGE)}_sm'
     path.write_bytes(data[1:] if kind == b'f' else qcow2_file(
         rest.replace(b'@', bytes(directory))))
+    overlay.backing_format(path)
     found = overlay.read_stub(path)
     if found:
         assert overlay.read_backing(path)[1] == found.virtual_size

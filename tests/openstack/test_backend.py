@@ -9,6 +9,7 @@ import json
 import os
 import pathlib
 import socketserver
+import struct
 import subprocess
 import sys
 import threading
@@ -24,6 +25,7 @@ pytest.importorskip('nova.virt.libvirt.imagebackend')
 sys.path[:0] = [str(pathlib.Path(__file__).parents[1] / 'functional'),
                 str(pathlib.Path(__file__).parents[1] / 'unit')]
 
+import embedded  # noqa: E402
 import nova.privsep  # noqa: E402
 from images import World, fast_directory  # noqa: E402
 from lxml import etree  # noqa: E402
@@ -148,6 +150,7 @@ def instance(**more):
     return types.SimpleNamespace(**{
         'uuid': str(uuid.uuid4()), 'kernel_id': '', 'ramdisk_id': '',
         'flavor': flavor(), 'system_metadata': {}, 'task_state': None,
+        'image_meta': types.SimpleNamespace(properties={}),
         **more})
 
 
@@ -501,6 +504,192 @@ def test_look_before_you_destroy(place):
         backend.check_chain(image.path)
 
 
+def driver_of(**more):
+    """The driver, without its host."""
+    from fastboot_nova import driver
+    made = object.__new__(driver.FastbootLibvirtDriver)
+    made.image_backend = types.SimpleNamespace(
+        by_libvirt_path=lambda instance, path: backend.FastbootQcow2(
+            instance, path=path))
+    made.__dict__.update(_is_local=True, **more)
+    return made
+
+
+def prepare(place, server):
+    """What the driver does before a guest is stopped or started."""
+    path = image_of(place, server).path
+    driver_of()._prepare(server, {path: backend.stub_of(path)})
+
+
+def test_the_export_is_waited_for(place):
+    """Both come back while nova-compute starts: the agent and its export."""
+    server = instance(image_ref='image')
+    spawn(place, image_of(place, server))
+    place.agent.fails = (503, {'error': 'the export does not answer'})
+    away = place.export.rename(place.export.with_name('away'))
+    CONF.set_override('patience', 20.0, 'fastboot')
+    threading.Timer(1.5, away.rename, (place.export,)).start()
+    prepare(place, server)
+    no_export(place)
+    CONF.set_override('patience', 1.0, 'fastboot')
+    with pytest.raises(nova_exception.InvalidDiskInfo, match='nobody'):
+        prepare(place, server)
+
+
+GUEST = """<domain type='qemu'><name>guest</name><uuid>{}</uuid>
+<memory unit='MiB'>32</memory><os><type arch='x86_64' machine='pc'>hvm</type>
+</os><devices><controller type='usb' model='none'/><memballoon model='none'/>
+<graphics type='vnc' socket='/{}/vnc' passwd='secret'/>{}</devices></domain>
+"""
+
+
+def suspend_and_resume(room, settings, uuid, disk):
+    """The export comes back elsewhere, as it may after an upgrade."""
+    import libvirt
+    from nova.virt.libvirt import driver as stock
+    from nova.virt.libvirt import guest
+    CONF([], project='nova', default_config_files=[])
+    for words in settings:
+        CONF.set_override(*words)
+    stock.libvirt = guest.libvirt = libvirt
+    domain = embedded.opened(room)[1].defineXML(GUEST.format(
+        uuid, room, disk))
+    domain.create()
+    domain.managedSave()
+    assert backend.renewed(domain.managedSaveGetXMLDesc()) is None
+    made = driver_of(_host=types.SimpleNamespace(
+        get_guest=lambda instance: guest.Guest(domain)))
+    stock.LibvirtDriver.resume = lambda *words: domain.create()
+    server = instance(uuid=uuid, image_ref='image')
+    export = pathlib.Path(CONF.fastboot.export_socket)
+    elsewhere = export.rename(export.with_name('elsewhere'))
+    with pytest.raises(nova_exception.InstanceFaultRollback) as caught:
+        made.resume(None, server)
+    assert isinstance(caught.value.inner_exception,
+                      nova_exception.InvalidDiskInfo)
+    assert domain.hasManagedSaveImage()
+    CONF.set_override('export_socket', str(elsewhere), 'fastboot')
+    made.resume(None, server)
+    assert not domain.hasManagedSaveImage()
+    assert str(elsewhere) in domain.XMLDesc()
+    # All else is as it was, secrets, too.
+    assert 'secret' in domain.XMLDesc(libvirt.VIR_DOMAIN_XML_SECURE)
+    domain.destroy()
+
+
+def test_a_resume_keeps_what_is_saved(place):
+    """libvirt's own driver; Nova drops the memory if a start fails."""
+    pytest.importorskip('libvirt')
+    server = instance()
+    image = image_of(place, server)
+    spawn(place, image)
+    embedded.run(suspend_and_resume, [
+        (name, getattr(CONF[group] if group else CONF, name), group)
+        for name, group in (
+            ('instances_path', None), ('agent_socket', 'fastboot'),
+            ('export_socket', 'fastboot'), ('patience', 'fastboot'))],
+        server.uuid, backing_of(place, image))
+
+
+def test_what_is_saved_names_the_chain_as_it_is(place, monkeypatch):
+    image = image_of(place)
+    spawn(place, image)
+    domain = '<domain><devices>{}</devices></domain>'
+    lazy = domain.format(backing_of(place, image))
+    assert backend.renewed(lazy) is None
+    assert backend.renewed(domain.format('<disk/>')) is None
+    moved = lazy.replace('offset="65536"', 'offset="131072"')
+    assert 'offset="65536"' in backend.renewed(moved)
+    acquire = place.agent.acquire
+    monkeypatch.setattr(place.agent, 'acquire', lambda body: {
+        **acquire(body), 'loop': '/dev/loop0'})
+    monkeypatch.setattr(pathlib.Path, 'is_block_device', lambda path: True)
+    device = domain.format(backing_of(place, image, 'none'))
+    assert '/dev/loop0' in device
+    assert backend.renewed(device) is None
+    monkeypatch.setattr(place.agent, 'acquire', lambda body: {
+        **acquire(body), 'loop': '/dev/loop7'})
+    assert '/dev/loop7' in backend.renewed(device)
+    # Without an agent, from the volume itself.
+    monkeypatch.setattr(place.agent, 'acquire', acquire)
+    assert '/dev/loop' not in backend.renewed(device)
+    place.host.hydrate('image')
+    whole = backend.renewed(lazy)
+    assert '/complete/image' in whole
+    assert 'nbd' not in whole
+    assert backend.renewed(whole) is None
+
+
+def test_what_a_rescued_server_is_defined_as(place, monkeypatch):
+    """Nova's file has the chain of then. The rescue's own is not needed."""
+    from nova.virt.libvirt import driver as stock
+    server = instance(image_ref='image')
+    image = image_of(place, server)
+    spawn(place, image)
+    kept = pathlib.Path(image.path).with_name('unrescue.xml')
+    kept.write_text(
+        f'<domain><devices>{backing_of(place, image)}</devices></domain>')
+    image_of(place, server, name='disk.rescue')
+    subprocess.run(
+        ['qemu-img', 'create', '-q', '-u', '-f', 'qcow2', '-F', 'qcow2', '-b',
+         place.base / f'{overlay.base_name("other")}_sm',
+         kept.with_name('disk.rescue'), '1M'], check=True, timeout=20)
+    place.host.hydrate('image')
+    no_export(place)
+    found = []
+    monkeypatch.setattr(
+        stock.LibvirtDriver, 'unrescue',
+        lambda self, context, instance: found.append(kept.read_text()))
+    driver_of().unrescue(None, server)
+    assert '/complete/image' in found[0]
+    assert 'nbd' not in found[0]
+
+
+def test_what_nova_made_at_a_stubs_name(place, notices):
+    """With its own driver, for a disk of ours; it is raw."""
+    server = instance(image_ref='image')
+    image = image_of(place, server)
+    spawn(place, image)
+    stub(place).write_bytes(place.raw)
+    assert backend.stub_of(image.path) == stub(place)
+    prepare(place, server)
+    assert content(image.path)[:1 << 20] == place.raw
+    assert stub(place).with_name(
+        overlay.base_name('image') + '_raw').read_bytes() == place.raw
+
+
+def test_an_old_base_at_a_stubs_name_stays(place, notices):
+    place.base.mkdir()
+    stub(place).write_bytes(place.raw)
+    old = image_of(place)
+    subprocess.run(['qemu-img', 'create', '-q', '-f', 'qcow2', '-b',
+                    stub(place), '-F', 'raw', old.path], check=True,
+                   timeout=20)
+    assert len(spawn(place, image_of(place))) == 1
+    assert stub(place).read_bytes() == place.raw
+    assert 'is no stub' in notices[0][2]
+
+
+def not_qcow2(place):
+    return False
+
+
+@pytest.mark.parametrize('spoil', [
+    None, switch_off, signatures, kill_agent, not_qcow2])
+def test_an_image_is_cached_where_servers_look(place, monkeypatch, spoil):
+    from nova.virt.libvirt import driver as stock
+    found = []
+    monkeypatch.setattr(stock.LibvirtDriver, 'cache_image',
+                        lambda self, context, image: found.append(image))
+    made = driver_of()
+    if spoil:
+        made._is_local = spoil(place) is not False
+    assert made.cache_image(None, 'image') is (spoil is None)
+    assert found == (['image'] if spoil else [])
+    prepared = [path for path, _ in place.agent.calls]
+    assert prepared == ([] if spoil else ['/v1/prepare'])
+
+
 def test_an_old_resized_base_is_no_stub(place):
     """Nova before Folsom left <sha1>_sm files."""
     place.base.mkdir()
@@ -539,6 +728,33 @@ def test_servers_at_once(place):
         thread.join(60)
     for image in images:
         assert content(image.path)[:1 << 20] == place.raw
+
+
+def hostile(base):
+    """Files that only look like overlays, and what they name."""
+    head = struct.pack('>4sIQIIQ', b'QFI\xfb', 3, 32, 0, 16, 1 << 20)
+    name = str(base / f'{"0" * 40}_sm').encode()
+    yield head[:16] + struct.pack('>I', 2000) + head[20:] + bytes(4096)
+    yield head[:16] + struct.pack('>I', 2) + head[20:] + b'\xff\xff'
+    yield head[:16] + struct.pack('>I', len(name)) + head[20:] + name
+
+
+@pytest.mark.parametrize('number', range(3))
+def test_what_a_guest_writes_is_no_overlay(place, number):
+    server = instance()
+    spawn(place, image_of(place, server))
+    directory = place.instances / server.uuid
+    made, data = driver_of(), [*hostile(place.base)][number]
+    (directory / 'disk.config').write_bytes(data)
+    (directory / 'disk.rescue').mkdir()
+    disk = {str(directory / 'disk'): stub(place)}
+    assert made._stubs(server) == disk
+    # All disks may be, where Nova makes no overlays.
+    (directory / 'disk').write_bytes(data)
+    made._is_local = False
+    assert made._stubs(server) == {}
+    if number < 2:
+        assert backend.stub_of(str(directory / 'disk')) is None
 
 
 NODE = 'host-1'

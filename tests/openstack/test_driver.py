@@ -182,11 +182,22 @@ def test_a_resumed_server_did_run(made, monkeypatch):
     ({}, ['destroy']), ({'disk': 'stub'}, ['leave', 'destroy'])])
 def test_the_agent_starts_nothing_that_nova_ends(made, monkeypatch, stubs,
                                                  calls):
-    monkeypatch.setattr(driver, '_stubs', lambda instance: stubs)
+    monkeypatch.setattr(made, '_stubs', lambda instance: stubs)
     monkeypatch.setattr(stock.LibvirtDriver, '_destroy',
                         lambda self, instance: self.calls.append('destroy'))
     made._destroy(made.server)
     assert made.calls == calls
+
+
+def test_nothing_keeps_a_server_from_its_end(made, monkeypatch):
+    def fail(instance):
+        raise PermissionError('instances')
+
+    monkeypatch.setattr(made, '_stubs', fail)
+    monkeypatch.setattr(stock.LibvirtDriver, '_destroy',
+                        lambda self, instance: self.calls.append('destroy'))
+    made._destroy(made.server)
+    assert made.calls == ['destroy']
 
 
 @pytest.mark.parametrize('error', [None, driver.nova_exception.
@@ -197,10 +208,90 @@ def test_a_revert_has_its_stubs_first(made, monkeypatch, error):
         if error:
             raise error
 
-    monkeypatch.setattr(driver, '_stubs', lambda instance, end: end)
+    monkeypatch.setattr(made, '_stubs', lambda instance, end: end)
     monkeypatch.setattr(made, '_prepare', prepare)
     monkeypatch.setattr(
         stock.LibvirtDriver, 'finish_revert_migration',
         lambda self, context, instance, *words: self.calls.append(words))
     made.finish_revert_migration(None, made.server, 'network', 'migration')
     assert made.calls == ['_resize', ('network', 'migration')]
+
+
+@pytest.mark.parametrize('does', [True, False])
+@pytest.mark.parametrize('name, words', [
+    ('reboot', ('network', 'SOFT')), ('rescue', ('network', 'image')),
+    ('unrescue', ())])
+def test_looked_at_before_a_guest_is_stopped(made, monkeypatch, name, words,
+                                             does):
+    def prepare(instance, stubs):
+        made.calls.append(stubs)
+        if not does:
+            raise driver.nova_exception.InvalidDiskInfo(reason='gone')
+
+    monkeypatch.setattr(made, '_stubs', lambda instance: {'disk': 'stub'})
+    monkeypatch.setattr(made, '_prepare', prepare)
+    monkeypatch.setattr(made, '_renew_kept', lambda instance: None)
+    monkeypatch.setattr(
+        stock.LibvirtDriver, name, lambda self, context, instance, *words:
+        self.calls.append(words))
+    if does:
+        getattr(made, name)(None, made.server, *words)
+        assert made.calls == [{'disk': 'stub'}, words]
+        return
+    with pytest.raises(driver.nova_exception.InvalidDiskInfo):
+        getattr(made, name)(None, made.server, *words)
+    assert made.calls == [{'disk': 'stub'}]
+
+
+@pytest.mark.parametrize('host', ['new', 'stock'])
+def test_the_destination_is_that_of_this_migration(made, monkeypatch, host):
+    """Another one was left under way by a crash."""
+    def migration(host):
+        return types.SimpleNamespace(dest_compute=host, dest_node=host)
+
+    for name, words in (
+            ('Migration', {
+                'get_by_instance_and_status': lambda *words: migration(
+                    {'new': 'stock', 'stock': 'new'}[host]),
+                'get_by_id_and_instance': lambda context, number, uuid:
+                    migration({(7, 'one'): host}[number, uuid])}),
+            ('ComputeNode', {
+                'get_by_host_and_nodename': lambda context, host, node:
+                    types.SimpleNamespace(stats={
+                        driver.MARK: 'true'} if host == 'new' else {})})):
+        monkeypatch.setattr(driver.objects, name,
+                            types.SimpleNamespace(**words), raising=False)
+    monkeypatch.setattr(made, '_stubs', lambda instance: {'disk': 'stub'})
+    monkeypatch.setattr(
+        stock.LibvirtDriver, 'migrate_disk_and_power_off',
+        lambda self, context, instance, dest: dest)
+    made.server.migration_context = types.SimpleNamespace(migration_id=7)
+    if host == 'new':
+        assert made.migrate_disk_and_power_off(
+            None, made.server, 'ip') == 'ip'
+        return
+    with pytest.raises(driver.nova_exception.InstanceFaultRollback,
+                       match='which stock cannot'):
+        made.migrate_disk_and_power_off(None, made.server, 'ip')
+
+
+@pytest.mark.parametrize('is_local', [True, False])
+def test_what_others_are_told_of_this_host(made, monkeypatch, tmp_path,
+                                           is_local):
+    """Disks on local blocks are qcow2: others cannot come here."""
+    made._is_local = is_local
+    (tmp_path / 'file').touch()
+    monkeypatch.setattr(stock.LibvirtDriver, 'get_available_resource',
+                        lambda self, node: {'stats': {'one': 1}})
+    monkeypatch.setattr(
+        stock.LibvirtDriver, '_create_shared_storage_test_file',
+        lambda self, instance: 'file')
+    assert (driver.MARK in made.get_available_resource('node')['stats']
+            ) is is_local
+    driver.CONF.set_override('instances_path', str(tmp_path))
+    try:
+        name = made._create_shared_storage_test_file(made.server)
+    finally:
+        driver.CONF.clear_override('instances_path')
+    assert name == ('file.fastboot' if is_local else 'file')
+    assert (tmp_path / name).exists()

@@ -23,6 +23,7 @@ from test_backend import spawn as make_disk
 libvirt = pytest.importorskip('libvirt')
 
 import microvms  # noqa: E402
+from nova.objects import image_meta  # noqa: E402
 
 from fastboot_common import chain, exception, overlay  # noqa: E402
 from fastboot_common.microvm import clone  # noqa: E402
@@ -221,12 +222,23 @@ def test_no_lane(world, monkeypatch):
 
 
 @pytest.mark.parametrize('specs', [
-    {'fastboot:microvm': 'no'}, {'trait:HW_CPU_X86_AVX2': 'required'}])
+    {'fastboot:microvm': 'no'}, {'trait:HW_CPU_X86_AVX2': 'required'},
+    {'trait1:HW_CPU_X86_AVX2': 'required'},
+    {'trait_CPU:HW_CPU_X86_AVX2': 'required'}])
 def test_flavors(world, specs):
     world.server.flavor = flavor()
     world.server.flavor.extra_specs.update(specs)
     assert world.attempt() is None
     assert not world.lane.returns
+
+
+@pytest.mark.parametrize('trait, lanes', [
+    ('HW_CPU_X86_AVX2', 0), ('STORAGE_DISK_SSD', 1)])
+def test_images(world, trait, lanes):
+    world.server.image_meta = image_meta.ImageMeta.from_dict(
+        {'properties': {f'trait:{trait}': 'required'}})
+    world.attempt()
+    assert len(world.lane.returns) == lanes
 
 
 def test_switched_off(world):

@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import struct
+import subprocess
 
 import pytest
 from hypothesis import given
@@ -137,8 +138,45 @@ def test_a_backing_string_that_is_far_away(tmp_path, offset):
         overlay.read_backing(path)
 
 
+def extended(*extensions, version=3, length=104):
+    """A header with extensions (type and data), and nothing else."""
+    head = struct.pack('>IIQIIQ', 0x514649FB, version, 512, 5, 16, 0)
+    head = head.ljust(100, b'\0') + struct.pack('>I', length)
+    return head[:72 if version == 2 else 104] + b''.join(
+        struct.pack('>II', kind, len(data)) + data + bytes(-len(data) % 8)
+        for kind, data in extensions)
+
+
+FORMAT = 0xE2792ACA
+
+
+@pytest.mark.parametrize(('data', 'found'), [
+    (extended((FORMAT, b'qcow2')), 'qcow2'),
+    (extended((FORMAT, b'raw'), version=2), 'raw'),
+    (extended((0x6803F857, b'x' * 13), (FORMAT, b'qcow2'), (0, b'')),
+     'qcow2'),
+    (extended(), None), (extended((0, b''), (FORMAT, b'qcow2')), None),
+    (extended((FORMAT, b'qcow2'))[:108], None),
+    (extended((FORMAT, b'\xff')), '\ufffd'),
+    (extended((FORMAT, b'qcow2'), length=(1 << 32) - 1), None),
+    (extended((FORMAT, b'qcow2'))[:50], None),
+    (b'raw' * 100, None), (b'', None)])
+def test_backing_format(tmp_path, data, found):
+    (tmp_path / 'file').write_bytes(data)
+    assert overlay.backing_format(tmp_path / 'file') == found
+
+
+def test_backing_format_is_qemus(tmp_path):
+    for words in ('qcow2', 'raw'):
+        subprocess.run(
+            ['qemu-img', 'create', '-q', '-u', '-f', 'qcow2', '-b', 'base',
+             '-F', words, tmp_path / words, '1M'], check=True, timeout=20)
+        assert overlay.backing_format(tmp_path / words) == words
+
+
 def test_files_that_are_not_there_or_no_qcow2(tmp_path):
-    for read in (overlay.read_backing, overlay.is_empty):
+    for read in (overlay.read_backing, overlay.is_empty,
+                 overlay.backing_format):
         with pytest.raises(exception.NotFound):
             read(tmp_path / 'none')
     (tmp_path / 'raw').write_bytes(b'\0' * 1024)
@@ -170,3 +208,4 @@ def test_random_files(tmp_path_factory, data, magic):
     except exception.Corrupt:
         assert magic
     assert overlay.is_empty(path) in (magic, False)
+    assert magic or overlay.backing_format(path) is None
