@@ -89,16 +89,22 @@ class Detacher:
     def domain(self, disk: Disk) -> Any:
         """The running guest of a disk; None: it is off.
 
-        :raises Unavailable: it is suspended.
+        :raises Unavailable: it is suspended, or libvirt does not tell.
         """
-        for domain in self._connection.listAllDomains():
-            if domain.UUIDString() == disk.server:
+        try:
+            found = [domain for domain in self._connection.listAllDomains()
+                     if domain.UUIDString() == disk.server]
+            for domain in found:
                 if domain.isActive():
                     return domain
-                if domain.hasManagedSaveImage():
-                    raise exception.Unavailable(
-                        f'server {disk.server} is suspended, and would be '
-                        f'resumed on local blocks; resume it first')
+            suspended = any(domain.hasManagedSaveImage() for domain in found)
+        except _libvirt_error() as error:
+            raise exception.Unavailable(
+                f'server {disk.server}: {error}') from error
+        if suspended:
+            raise exception.Unavailable(
+                f'server {disk.server} is suspended, and would be resumed '
+                f'on local blocks; resume it first')
         return None
 
     @staticmethod

@@ -13,6 +13,7 @@ from images import World, fast_directory
 
 from fastboot_common import chain, exception, overlay
 from fastboot_nova import detach
+from fastboot_nova.cli import host as cli
 
 pytestmark = pytest.mark.skipif(
     not shutil.which('nbdkit'), reason='needs nbdkit')
@@ -70,6 +71,22 @@ class Suspended:
 
     def hasManagedSaveImage(self):  # noqa: N802
         return True
+
+
+class Gone(Nobody):
+    """libvirt, which just lost the guest of the first server."""
+
+    class Error(Exception):
+        pass
+
+    def listAllDomains(self):  # noqa: N802
+        return [self]
+
+    def UUIDString(self):  # noqa: N802
+        return 'one'
+
+    def isActive(self):  # noqa: N802
+        raise self.Error('Domain not found')
 
 
 def work(place, libvirt=None):
@@ -148,6 +165,48 @@ def test_one_that_is_in_rescue(place):
     with pytest.raises(exception.Unavailable, match='unrescue it first'):
         run(place)
     assert len(list(detach.find(place.instances))) == 2
+
+
+def command(place, monkeypatch, libvirt, *words):
+    """The rows of ``host detach``, and its status."""
+    monkeypatch.setattr(detach, 'connect', lambda uri: libvirt)
+    made = cli.Detach(types.SimpleNamespace(), None)
+    args = made.get_parser('x').parse_args(
+        ['--instances', str(place.instances), *words])
+    _columns, rows = made.take_action(args)
+    return rows, made.failed
+
+
+@pytest.mark.parametrize('libvirt', [Suspended(), Gone()])
+def test_one_server_does_not_stop_the_others(place, monkeypatch, libvirt):
+    monkeypatch.setattr(detach, '_libvirt_error', lambda: Gone.Error)
+    rows, failed = command(place, monkeypatch, libvirt, '--dry-run')
+    assert failed
+    assert [row[:3] for row in rows] == [('one', 'disk', 'unknown'),
+                                         ('two', 'disk', 'off')]
+    assert 'server one' in rows[0][3]
+    assert rows[1][3] == 'on local blocks'
+    rows, failed = command(place, monkeypatch, libvirt)
+    assert failed
+    assert rows[0][3].startswith('failed: server one')
+    assert rows[1][3] == 'plain'
+    assert command(place, monkeypatch, Nobody()) == (
+        [('one', 'disk', 'off', 'plain')], False)
+
+
+def test_a_server_that_is_deleted_meanwhile(place, monkeypatch):
+    class Deleting(Suspended):
+        """libvirt; the first server runs, and goes while it is asked."""
+
+        def isActive(self):  # noqa: N802
+            shutil.rmtree(place.instances / 'one', ignore_errors=True)
+            return True
+
+    rows, failed = command(place, monkeypatch, Deleting())
+    assert failed
+    assert rows[0][2] == 'running'
+    assert rows[0][3].startswith('failed')
+    assert rows[1][3] == 'plain'
 
 
 def test_no_room(place, monkeypatch):
