@@ -128,6 +128,47 @@ def test_disks_become_plain(place):
         place.base.name]
 
 
+@pytest.fixture
+def mask():
+    """As fastbootctl has it."""
+    old = os.umask(0o027)
+    yield
+    os.umask(old)
+
+
+def locks(place):
+    return sorted((path.name, path.stat().st_uid, path.stat().st_gid,
+                   path.stat().st_mode & 0o777)
+                  for path in (place.instances / 'locks').iterdir())
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason='gives files to others')
+@pytest.mark.parametrize('killed', [False, True])
+@pytest.mark.parametrize('known', [False, True])
+def test_nova_can_open_the_locks(place, mask, killed, known):
+    """It takes them itself for each new disk, and may not be root."""
+    os.chown(place.instances, 4242, 4343)
+    directory = place.instances / 'locks'
+    if known or killed:
+        directory.mkdir()
+        os.chown(directory, 4242, 4343)
+        directory.chmod(0o755)
+    name = f'nova-{place.base.name}'
+    if known:
+        (directory / name).touch(0o600)
+    if killed:
+        (directory / f'.{name}.detach').touch(0o600)
+    run(place)
+    if known:
+        # Nova's: it stays as it is.
+        assert locks(place) == [(name, 0, 0, 0o600)]
+        return
+    assert locks(place) == [(name, 4242, 4343, 0o644)]
+    found = directory.stat()
+    assert (found.st_uid, found.st_gid, found.st_mode & 0o777) == (
+        4242, 4343, 0o755)
+
+
 def test_a_base_of_novas_is_used(place):
     place.base.write_bytes(place.world.data['image'])
     inode = place.base.stat().st_ino
