@@ -80,5 +80,11 @@ class CommandFailed(FastbootError):
         self.words = words.strip()
         super().__init__(
             f'{command[0]} exited with status {status}: '
-            f'{self.words[-2000:] or "it printed nothing"}'
+            f'{plain(self.words[-2000:]) or "it printed nothing"}'
         )
+
+
+def plain(words: str) -> str:
+    """A stranger's words as one line for a log, a terminal and whoever sees
+    an image."""
+    return ''.join(one if one.isprintable() else ' ' for one in words)

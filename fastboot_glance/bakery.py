@@ -428,6 +428,5 @@ def _tail(path: pathlib.Path) -> str:
 
 
 def _plain(words: str) -> str:
-    """A stranger's words for a log, a terminal and whoever sees the image:
-    one line, not too long."""
-    return ''.join(one if one.isprintable() else ' ' for one in words[:500])
+    """A stranger's words, not too many."""
+    return exception.plain(words[:500])

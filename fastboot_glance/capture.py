@@ -335,8 +335,8 @@ class _Watch:
 
     def _check(self, view: endings.View) -> None:
         if not self._machine.alive():
-            raise _NotBooted(
-                f'the machine stopped: {self._machine.words().strip()}')
+            words = exception.plain(self._machine.words().strip())
+            raise _NotBooted(f'the machine stopped: {words}')
         if view.seconds > self._options.timeout:
             raise _NotBooted(
                 f'no end in {self._options.timeout} seconds')

@@ -57,7 +57,7 @@ class Options:
         """Ask one after the other; the first reason counts."""
         wish = image.wish
         if wish is not None and wish not in WISHES:
-            return Refusal(f'property fastboot={wish:.40}: it must be '
+            return Refusal(f'property fastboot={wish[:40]!r}: it must be '
                            f'{", ".join(WISHES)}')
         if (wish or self._group.default) == 'off':
             return Refusal(

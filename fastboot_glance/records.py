@@ -582,9 +582,7 @@ def _engine(connection: str, options: dict[str, Any]) -> sa.Engine:
 def clean(text: str, limit: int) -> str:
     """Text that a database and a terminal take: at most `limit` characters,
     without control characters and halves of surrogate pairs."""
-    return ''.join(
-        character if character.isprintable() else ' '
-        for character in text[:limit])
+    return exception.plain(text[:limit])
 
 
 def _share(progress: float) -> float:

@@ -25,9 +25,9 @@ _SPARE: Final = 1 << 30
 _POLL_SECONDS: Final = 0.5
 #: Longest that a base may take to be made or compared.
 _COPY_SECONDS: Final = 3600
-#: Nova's, for files that hosts share (nova.utils.synchronized).
 #: What Nova has of a server that is in rescue, beside its disks.
 _UNRESCUE: Final = 'unrescue.xml'
+#: Nova's, for files that hosts share (nova.utils.synchronized).
 _LOCK_PREFIX: Final = 'nova-'
 
 #: Called with bytes that were done since the last call.
@@ -89,16 +89,22 @@ class Detacher:
     def domain(self, disk: Disk) -> Any:
         """The running guest of a disk; None: it is off.
 
-        :raises Unavailable: it is suspended.
+        :raises Unavailable: it is suspended, or libvirt does not tell.
         """
-        for domain in self._connection.listAllDomains():
-            if domain.UUIDString() == disk.server:
+        try:
+            found = [domain for domain in self._connection.listAllDomains()
+                     if domain.UUIDString() == disk.server]
+            for domain in found:
                 if domain.isActive():
                     return domain
-                if domain.hasManagedSaveImage():
-                    raise exception.Unavailable(
-                        f'server {disk.server} is suspended, and would be '
-                        f'resumed on local blocks; resume it first')
+            suspended = any(domain.hasManagedSaveImage() for domain in found)
+        except _libvirt_error() as error:
+            raise exception.Unavailable(
+                f'server {disk.server}: {error}') from error
+        if suspended:
+            raise exception.Unavailable(
+                f'server {disk.server} is suspended, and would be resumed '
+                f'on local blocks; resume it first')
         return None
 
     @staticmethod
@@ -135,6 +141,7 @@ class Detacher:
                                         f'try again')
 
     def _rebase(self, disk: Disk, told: Progress) -> None:
+        _provide_lock(self._locks, f'{_LOCK_PREFIX}{disk.base.name}')
         with lockutils.lock(disk.base.name, _LOCK_PREFIX, external=True,
                             lock_path=str(self._locks)):
             if disk.base.exists():
@@ -186,6 +193,31 @@ class Detacher:
                 time.sleep(_POLL_SECONDS)
         except _libvirt_error() as error:
             raise exception.Unavailable(f'{disk.path}: {error}') from error
+
+
+def _provide_lock(directory: pathlib.Path, name: str) -> None:
+    """Have a lock file as Nova makes it: it must open the file, too.
+
+    It comes under its name when it is Nova's, so that neither a kill nor a
+    server that starts meanwhile finds one that is not.
+    """
+    if not directory.is_dir():
+        directory.mkdir(exist_ok=True)
+        _give(directory, directory.parent.stat(), 0o755)
+    path, new = directory / name, directory / f'.{name}.detach'
+    new.unlink(missing_ok=True)
+    if path.exists():
+        return
+    new.touch(exist_ok=False)
+    _give(new, directory.stat(), 0o644)
+    with contextlib.suppress(FileExistsError):
+        path.hardlink_to(new)
+    new.unlink()
+
+
+def _give(path: pathlib.Path, like: os.stat_result, mode: int) -> None:
+    os.chown(path, like.st_uid, like.st_gid, follow_symlinks=False)
+    path.chmod(mode)
 
 
 def _is_on_blocks(disk: Disk) -> bool:

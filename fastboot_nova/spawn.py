@@ -12,6 +12,7 @@ import dataclasses
 import os
 import pathlib
 import re
+import stat
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, Final, Self
@@ -136,6 +137,10 @@ class Disk:
         path = self.path.with_name(self.path.name + _NEW)
         path.unlink(missing_ok=True)
         yield path
+        # libvirt may leave it to root, and Nova reads it then as others do. A
+        # resume that failed may have removed the old one.
+        with contextlib.suppress(FileNotFoundError):
+            path.chmod(stat.S_IMODE(self.path.stat().st_mode))
         os.replace(path, self.path)
 
 

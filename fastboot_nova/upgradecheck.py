@@ -113,16 +113,19 @@ def shield(conf: Any) -> upgradecheck.Result:
 
 
 def _nova(conf: Any) -> Any:
-    """nova-compute's options; None: there is no such file."""
+    """nova-compute's options; None: it is not on this machine.
+
+    Controllers have the file, too, but nova-compute does not start without
+    a driver.
+    """
     files = [pathlib.Path(name) for name in conf.nova_config_file]
-    if not any(path.exists() for path in files):
-        return None
-    return result.read_config(files, _OPTIONS)
+    found = result.read_config(files, _OPTIONS)
+    return None if found.compute_driver is None else found
 
 
 def _no_nova(conf: Any) -> upgradecheck.Result:
     return result.skipped(
-        f'no configuration of nova-compute at '
+        f'no compute_driver is set in '
         f'{" or ".join(conf.nova_config_file)} (see --nova-config-file)')
 
 

@@ -22,6 +22,8 @@ _MODULES: Final = (
     'fastboot_glance.upgradecheck',
     'fastboot_nova.upgradecheck',
 )
+#: As of oslo.upgradecheck, where it fails itself.
+_NOTHING_CHECKED: Final = 255
 CLI_OPTS: Final = [
     cfg.StrOpt(
         'glance-config-dir', default='/etc/glance',
@@ -70,10 +72,15 @@ def _lacking(error: ImportError) -> result.Check:
 def main(argv: list[str] | None = None) -> int:
     """The program.
 
-    :returns: 0: all well, 1: warnings, 2: failures.
+    :returns: 0: all well, 1: warnings, 2: failures, 255: nothing was
+        checked.
     """
     conf = opts.register(cfg.ConfigOpts())
     conf.register_cli_opts(CLI_OPTS)
-    return int(upgradecheck.main(
-        conf, 'fastboot', Commands(conf),
-        argv=sys.argv[1:] if argv is None else argv))
+    try:
+        return int(upgradecheck.main(
+            conf, 'fastboot', Commands(conf),
+            argv=sys.argv[1:] if argv is None else argv))
+    except cfg.Error as error:
+        print(f'fastboot-status: {error}', file=sys.stderr)
+        return _NOTHING_CHECKED

@@ -74,14 +74,14 @@ def main(argv: list[str] | None = None) -> int:
     conf.register_cli_opt(cfg.SubCommandOpt(
         'command', title='commands', handler=_add_parsers))
     logging.register_options(conf)
-    conf(sys.argv[1:] if argv is None else argv, project='fastboot',
-         prog='fastboot-manage')
-    logging.setup(conf, 'fastboot')
-    # SQLite would make its file readable for all.
-    os.umask(0o027)
     try:
+        conf(sys.argv[1:] if argv is None else argv, project='fastboot',
+             prog='fastboot-manage')
+        logging.setup(conf, 'fastboot')
+        # SQLite would make its file readable for all.
+        os.umask(0o027)
         conf.command.function(conf)
-    except exception.FastbootError as error:
+    except (exception.FastbootError, cfg.Error) as error:
         print(f'fastboot-manage: {error}', file=sys.stderr)
         return 1
     return 0

@@ -114,20 +114,25 @@ class Detach(base.Lister):
             parsed_args.instances, detach.connect(parsed_args.connect),
             parsed_args.rate)
         rows = [(disk.server, disk.path.name,
-                 'running' if work.domain(disk) else 'off',
-                 'on local blocks' if parsed_args.dry_run
-                 else self._detach(work, disk)) for disk in disks]
+                 *self._row(work, disk, parsed_args.dry_run))
+                for disk in disks]
         self.failed = any(row[3].startswith('failed') for row in rows)
         return ('Server', 'Disk', 'Guest', 'State'), rows
 
     @staticmethod
-    def _detach(work: detach.Detacher, disk: detach.Disk) -> str:
+    def _row(work: detach.Detacher, disk: detach.Disk,
+             dry_run: bool) -> tuple[str, str]:
+        """Guest and state; no disk stands in the way of the next."""
+        guest = 'unknown'
         try:
+            guest = 'running' if work.domain(disk) else 'off'
+            if dry_run:
+                return guest, 'on local blocks'
             with progress.Progress(f'{disk.server}/{disk.path.name}') as told:
                 work.detach(disk, told)
-        except exception.FastbootError as error:
-            return f'failed: {error}'
-        return 'plain'
+        except (exception.FastbootError, OSError) as error:
+            return guest, f'failed: {error}'
+        return guest, 'plain'
 
     def run(self, parsed_args: argparse.Namespace) -> int:
         """Status 1 if a disk could not be detached."""

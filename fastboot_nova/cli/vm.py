@@ -8,7 +8,7 @@ import shutil
 import sys
 import tempfile
 import time
-from typing import Any
+from typing import Any, Final
 
 from fastboot_common import (
     chain,
@@ -22,11 +22,16 @@ from fastboot_common import (
 from fastboot_common.cli import base
 from fastboot_nova.cli.base import open_host, open_node
 
+_DISK: Final = 'disk.qcow2'
+#: The id of the image that a disk is of, beside it.
+_IMAGE: Final = 'image'
+
 
 class Run(base.ShowOne):
     """Boot a guest of an image from the volume; its console is printed.
 
-    Without --keep the guest's disk is thrown away when it ends.
+    Without --keep the guest's disk is thrown away when it ends; one that was
+    kept is not touched.
     """
 
     def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
@@ -52,7 +57,8 @@ class Run(base.ShowOne):
         parser.add_argument('--no-config-drive', action='store_true',
                             help='boot without a config drive')
         parser.add_argument('--keep', action='store_true',
-                            help='keep the disk, and use one that was kept')
+                            help='keep the disk, and use one of the image '
+                                 'that was kept')
         parser.add_argument('--quiet-console', action='store_true',
                             help='do not print what the guest prints')
         return parser
@@ -62,21 +68,26 @@ class Run(base.ShowOne):
         env = self.env
         name = journal.validate_image_id(parsed_args.name)
         directory = env.state_dir / 'vms' / name
-        files.make_directory(directory)
-        log = directory / 'misses.log'
-        log.unlink(missing_ok=True)
-        try:
-            with open_host(env) as host, open_node(env, host, log):
-                return self._run_guest(parsed_args, host, directory, log)
-        finally:
-            if not parsed_args.keep:
-                shutil.rmtree(directory, ignore_errors=True)
+        with open_host(env) as host:
+            image = host.image(parsed_args.image)
+            # Whoever has the volume has the directory, too.
+            host.open_volume(image.domain)
+            _check_kept(directory, image.image_id, parsed_args.keep)
+            files.make_directory(directory)
+            log = directory / 'misses.log'
+            log.unlink(missing_ok=True)
+            try:
+                with open_node(env, host, log):
+                    return self._run_guest(parsed_args, image.image_id, host,
+                                           directory, log)
+            finally:
+                if not parsed_args.keep:
+                    shutil.rmtree(directory, ignore_errors=True)
 
-    def _run_guest(self, args: argparse.Namespace, host: Any,
+    def _run_guest(self, args: argparse.Namespace, image_id: str, host: Any,
                    directory: pathlib.Path, log: pathlib.Path) -> Any:
         begun = time.monotonic()
-        image = host.image(args.image)
-        link = host.acquire(image.image_id, args.name)
+        link = host.acquire(image_id, args.name)
         acquired = time.monotonic() - begun
         try:
             disk = _disk(directory, link, args.disk_gib)
@@ -86,10 +97,10 @@ class Run(base.ShowOne):
                 prompt = self._follow(machine, args)
         finally:
             if not args.keep:
-                host.release(image.image_id, args.name)
+                host.release(image_id, args.name)
         missed = trace.parse_log(log)
         return self.dict2columns({
-            'image': image.image_id,
+            'image': image_id,
             'complete': link.complete is not None,
             'acquire_seconds': round(acquired, 3),
             'prompt_seconds': prompt and round(prompt, 1),
@@ -138,12 +149,26 @@ class Run(base.ShowOne):
         return prompt
 
 
+def _check_kept(directory: pathlib.Path, image_id: str, keep: bool) -> None:
+    """:raises Exists: there is a disk that is not for this run."""
+    if not (directory / _DISK).exists():
+        return
+    known = directory / _IMAGE
+    # Disks of older versions do not say.
+    found = known.read_text() if known.exists() else image_id
+    if not keep or found != image_id:
+        raise exception.Exists(
+            f'{directory} has a disk of image {found} that was kept; boot '
+            f'it with --keep, take another --name, or remove the directory')
+
+
 def _disk(directory: pathlib.Path, link: chain.Link,
           gib: float | None) -> pathlib.Path:
     """The guest's overlay and its stub, new or kept."""
-    disk, stub = directory / 'disk.qcow2', directory / 'stub.qcow2'
+    disk, stub = directory / _DISK, directory / 'stub.qcow2'
     if not disk.exists():
         size = max(link.virtual_size, int((gib or 0) * 2**30))
+        files.write_atomically(directory / _IMAGE, link.image_id.encode())
         chain.make_stub(stub, link)
         chain.make_disk(disk, stub, size)
     return disk

@@ -122,7 +122,7 @@ def test_each_image_gets_its_end(centre, tmp_path):
     words = {
         'lies': 'said to be vmdk, but is qcow2', 'backed': 'backing',
         'cut': 'end of the file', 'huge': 'at most 1073741824',
-        'typo': 'fastboot=on', 'kernel': 'kernel', 'iso': 'iso',
+        'typo': "fastboot='on'", 'kernel': 'kernel', 'iso': 'iso',
         'silent': 'no boot set'}
     for name, word in words.items():
         shown = glance.show(made[name])

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """``fastbootctl`` as people use it, on a guest of one sector."""
 
+import fcntl
 import json
 import pathlib
 import subprocess
@@ -114,6 +115,42 @@ def test_boots_without_a_miss_then_cleans_up(state):
     ctl('volume', 'evict', 'one')
     assert ctl.json('host', 'status')[0]['State'] == 'ready'
     assert ctl.json('volume', 'show')[0]['Images'] == 0
+
+
+def test_a_kept_disk_stays(state, tmp_path):
+    """Whatever else is run under its name."""
+    ctl = Fastbootctl(tmp_path / 's')
+    ctl('repo', 'init')
+    for name in ('one', 'two'):
+        ctl('image', 'add', state / 'guest.raw', '--id', name, '--no-boot')
+    ctl('host', 'sync')
+    run = ('vm', 'run', '--until-prompt', '--quiet-console')
+    ctl(*run, 'one', '--keep')
+    home = tmp_path / 's' / 'vms' / 'vm'
+    disk = (home / 'disk.qcow2').stat().st_ino
+    for words in (['one'], ['two'], ['two', '--keep']):
+        said = ctl(*run, *words, status=1).stderr
+        assert 'has a disk of image one that was kept' in said
+    ctl(*run, 'one', '--keep')
+    assert (home / 'disk.qcow2').stat().st_ino == disk
+    assert {row['ID']: row['Leases'] for row in ctl.json('host', 'status')
+            } == {'one': 1, 'two': 0}
+
+
+def test_a_run_that_never_began_removes_nothing(state, tmp_path):
+    """Another has the volumes, and may have the directory."""
+    ctl = Fastbootctl(tmp_path / 's', '--repository',
+                      str(state / 's' / 'repository'))
+    ctl('host', 'sync', '--thaw')
+    log = tmp_path / 's' / 'vms' / 'vm' / 'misses.log'
+    log.parent.mkdir(parents=True)
+    log.touch()
+    lock, = (tmp_path / 's' / 'host' / 'volumes').glob('*/lock')
+    with lock.open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        said = ctl('vm', 'run', 'one', status=1).stderr
+    assert 'another process' in said
+    assert log.exists()
 
 
 def test_report(ctl, tmp_path):

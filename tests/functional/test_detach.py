@@ -13,6 +13,7 @@ from images import World, fast_directory
 
 from fastboot_common import chain, exception, overlay
 from fastboot_nova import detach
+from fastboot_nova.cli import host as cli
 
 pytestmark = pytest.mark.skipif(
     not shutil.which('nbdkit'), reason='needs nbdkit')
@@ -72,6 +73,22 @@ class Suspended:
         return True
 
 
+class Gone(Nobody):
+    """libvirt, which just lost the guest of the first server."""
+
+    class Error(Exception):
+        pass
+
+    def listAllDomains(self):  # noqa: N802
+        return [self]
+
+    def UUIDString(self):  # noqa: N802
+        return 'one'
+
+    def isActive(self):  # noqa: N802
+        raise self.Error('Domain not found')
+
+
 def work(place, libvirt=None):
     return detach.Detacher(place.instances, libvirt or Nobody())
 
@@ -120,6 +137,47 @@ def test_what_a_guest_writes_is_no_disk(place):
     assert hostile not in overlay.lying_on(place.stub)
 
 
+@pytest.fixture
+def mask():
+    """As fastbootctl has it."""
+    old = os.umask(0o027)
+    yield
+    os.umask(old)
+
+
+def locks(place):
+    return sorted((path.name, path.stat().st_uid, path.stat().st_gid,
+                   path.stat().st_mode & 0o777)
+                  for path in (place.instances / 'locks').iterdir())
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason='gives files to others')
+@pytest.mark.parametrize('killed', [False, True])
+@pytest.mark.parametrize('known', [False, True])
+def test_nova_can_open_the_locks(place, mask, killed, known):
+    """It takes them itself for each new disk, and may not be root."""
+    os.chown(place.instances, 4242, 4343)
+    directory = place.instances / 'locks'
+    if known or killed:
+        directory.mkdir()
+        os.chown(directory, 4242, 4343)
+        directory.chmod(0o755)
+    name = f'nova-{place.base.name}'
+    if known:
+        (directory / name).touch(0o600)
+    if killed:
+        (directory / f'.{name}.detach').touch(0o600)
+    run(place)
+    if known:
+        # Nova's: it stays as it is.
+        assert locks(place) == [(name, 0, 0, 0o600)]
+        return
+    assert locks(place) == [(name, 4242, 4343, 0o644)]
+    found = directory.stat()
+    assert (found.st_uid, found.st_gid, found.st_mode & 0o777) == (
+        4242, 4343, 0o755)
+
+
 def test_a_base_of_novas_is_used(place):
     place.base.write_bytes(place.world.data['image'])
     inode = place.base.stat().st_ino
@@ -157,6 +215,48 @@ def test_one_that_is_in_rescue(place):
     with pytest.raises(exception.Unavailable, match='unrescue it first'):
         run(place)
     assert len(list(detach.find(place.instances))) == 2
+
+
+def command(place, monkeypatch, libvirt, *words):
+    """The rows of ``host detach``, and its status."""
+    monkeypatch.setattr(detach, 'connect', lambda uri: libvirt)
+    made = cli.Detach(types.SimpleNamespace(), None)
+    args = made.get_parser('x').parse_args(
+        ['--instances', str(place.instances), *words])
+    _columns, rows = made.take_action(args)
+    return rows, made.failed
+
+
+@pytest.mark.parametrize('libvirt', [Suspended(), Gone()])
+def test_one_server_does_not_stop_the_others(place, monkeypatch, libvirt):
+    monkeypatch.setattr(detach, '_libvirt_error', lambda: Gone.Error)
+    rows, failed = command(place, monkeypatch, libvirt, '--dry-run')
+    assert failed
+    assert [row[:3] for row in rows] == [('one', 'disk', 'unknown'),
+                                         ('two', 'disk', 'off')]
+    assert 'server one' in rows[0][3]
+    assert rows[1][3] == 'on local blocks'
+    rows, failed = command(place, monkeypatch, libvirt)
+    assert failed
+    assert rows[0][3].startswith('failed: server one')
+    assert rows[1][3] == 'plain'
+    assert command(place, monkeypatch, Nobody()) == (
+        [('one', 'disk', 'off', 'plain')], False)
+
+
+def test_a_server_that_is_deleted_meanwhile(place, monkeypatch):
+    class Deleting(Suspended):
+        """libvirt; the first server runs, and goes while it is asked."""
+
+        def isActive(self):  # noqa: N802
+            shutil.rmtree(place.instances / 'one', ignore_errors=True)
+            return True
+
+    rows, failed = command(place, monkeypatch, Deleting())
+    assert failed
+    assert rows[0][2] == 'running'
+    assert rows[0][3].startswith('failed')
+    assert rows[1][3] == 'plain'
 
 
 def test_no_room(place, monkeypatch):

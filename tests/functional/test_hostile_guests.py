@@ -2,6 +2,7 @@
 """Guests that attack their builder, in the real QEMU and sandbox."""
 
 import concurrent.futures
+import configparser
 import contextlib
 import errno
 import json
@@ -24,6 +25,9 @@ from test_capture import LOGIN, SIZE, children, options
 
 from fastboot_common import exception, qemu, sockets
 from fastboot_glance import capture, guest
+
+UNIT = pathlib.Path(__file__).parents[2] / (
+    'etc/systemd/fastboot-builder.service')
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason='needs root')
 
@@ -308,6 +312,35 @@ def test_what_breaks_out_of_qemu_reaches_no_socket_of_ours():
              '.connect_ex(sys.argv[1]))', path],
             capture_output=True, text=True, check=True, timeout=60)
     assert int(done.stdout) == errno.EACCES
+
+
+def has_proc(covered):
+    """Whether a sandbox of nobody has its own /proc, where parts of the
+    host's are covered, as systemd does it."""
+    cover = ''.join(f'mount --bind {path} {path}; '
+                    f'mount -o remount,bind,ro {path}; ' for path in covered)
+    done = subprocess.run(
+        ['unshare', '--mount', '--propagation', 'private', 'sh', '-ec',
+         f'{cover}setpriv --reuid=65534 --regid=65534 --clear-groups '
+         f'--no-new-privs unshare --map-current-user --net --pid --ipc --uts '
+         f'--fork --kill-child --mount-proc echo ours || echo none'],
+        capture_output=True, text=True, check=True, timeout=60)
+    return done.stdout == 'ours\n'
+
+
+@as_root
+def test_the_unit_leaves_the_sandbox_its_proc():
+    """The kernel lets nobody mount one where a part of the other is hidden,
+    and the builder goes on without."""
+    if not has_proc([]):
+        pytest.skip('this container forbids a /proc')
+    assert not has_proc(['/proc/sys'])
+    unit = configparser.ConfigParser(strict=False, interpolation=None)
+    unit.read(UNIT)
+    assert has_proc([
+        path for option, path in (('ProtectKernelTunables', '/proc/sys'),
+                                  ('ProtectKernelLogs', '/proc/kmsg'))
+        if unit['Service'].getboolean(option, fallback=False)])
 
 
 def as_nobody(function, *arguments):

@@ -64,6 +64,7 @@ def world(place, monkeypatch):  # noqa: F811
         chain.make_disk(path, stub(place), size)
         with path.open('ab') as file:
             file.write(b'baked')
+        path.chmod(0o640)  # as artifacts have it
 
     def succeed(connection, lane, spec, prepare):
         assert (spec.hostname, spec.disk_size, spec.linked) == (
@@ -87,9 +88,11 @@ def world(place, monkeypatch):  # noqa: F811
 
 
 def test_resumed(world, notices):  # noqa: F811
+    world.path.chmod(0o644)
     guest = world.attempt()
     assert guest._domain == 'domain'
     assert world.prepared == [1]
+    assert world.path.stat().st_mode & 0o777 == 0o644
     assert not world.linked
     guest.resume()
     assert world.linked == [1]

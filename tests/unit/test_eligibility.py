@@ -57,7 +57,8 @@ def test_switched_off(word, values):
 
 
 @pytest.mark.parametrize('word, values', [
-    ('fastboot=On', {'properties': {'fastboot': 'On'}}),
+    ("fastboot='On'", {'properties': {'fastboot': 'On'}}),
+    (r"fastboot='x\ny'", {'properties': {'fastboot': 'x\ny'}}),
     ('docker', {'changes': {'container_format': 'docker'}}),
     ('iso', {'changes': {'disk_format': 'iso'}}),
     ('qcow2', {'formats': ['raw']}),

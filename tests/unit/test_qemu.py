@@ -264,3 +264,10 @@ def test_agent_floods(pair):
     stop.set()
     peer.close()
     sender.join()
+
+
+def test_words_of_a_program_are_one_line():
+    """They may be those of an image, and logs have a line for each event."""
+    error = exception.CommandFailed(['x'], 1, 'a\nb\x1b[2J\u2028c\n')
+    assert str(error) == 'x exited with status 1: a b [2J c'
+    assert error.words == 'a\nb\x1b[2J\u2028c'

@@ -153,6 +153,8 @@ def test_import_plugin_with_another_jobboard(machine, installed):
 
 def test_driver(machine, installed):
     assert skipped(machine(host.driver))
+    machine.write('nova.conf', '[DEFAULT]\n')  # a controller's
+    assert skipped(machine(host.driver))
     machine.write('nova.conf', '[DEFAULT]\n'
                                'compute_driver = libvirt.LibvirtDriver\n')
     code, words = machine(host.driver)
@@ -179,7 +181,10 @@ def test_driver(machine, installed):
     ('file=directsync', True, Code.SUCCESS)])
 def test_cache_mode(machine, modes, loop, expected):
     assert skipped(machine(host.cache_mode))
-    machine.write('nova.conf', f'[libvirt]\ndisk_cachemodes = {modes}\n')
+    words = f'[libvirt]\ndisk_cachemodes = {modes}\n'
+    machine.write('nova.conf', words)  # a controller's
+    assert skipped(machine(host.cache_mode))
+    machine.write('nova.conf', f'[DEFAULT]\ncompute_driver = x\n{words}')
     machine.set('loop', loop, 'agent')
     code, words = machine(host.cache_mode)
     assert code == expected
