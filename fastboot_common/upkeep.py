@@ -4,6 +4,7 @@
 import contextlib
 import dataclasses
 import hashlib
+import logging
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, Final
@@ -19,6 +20,8 @@ from fastboot_common import (
     store,
 )
 from fastboot_common.repository import Repository
+
+LOG = logging.getLogger(__name__)
 
 #: Seconds that an unfinished file is left alone at least: it may be in use.
 _UNFINISHED: Final = 86400
@@ -226,7 +229,8 @@ def collect(repository: Repository, retention: float, grace: float,
     """Remove what no image needs any more.
 
     The journal says so first; only then files go. Safe to interrupt: a
-    repeat removes the rest.
+    repeat removes the rest. While the manifest of an image that is kept
+    cannot be read, nobody knows what it needs, and every pack stays.
 
     :param retention: seconds that a deregistered image's packs are kept.
     :param grace: seconds that a file is left alone that nothing names.
@@ -292,8 +296,17 @@ def _kept(state: journal.State,
 
 def _used(repository: Repository, state: journal.State,
           without: list[int]) -> set[str]:
-    return {ref.digest for image in _kept(state, without)
-            for ref in repository.read_manifest(image.manifest).packs}
+    used: set[str] = set()
+    for image in _kept(state, without):
+        try:
+            found = repository.read_manifest(image.manifest)
+        except exception.UNREADABLE as error:
+            LOG.warning('image %s: %s; no pack is collected until its '
+                        'manifest is restored, or the image gone',
+                        image.image_id, error)
+            return set(state.packs)
+        used |= {ref.digest for ref in found.packs}
+    return used
 
 
 def _named(repository: Repository, state: journal.State) -> set[str]:
