@@ -240,14 +240,15 @@ def collect(repository: Repository, retention: float, grace: float,
     result = Collected()
 
     def build(state: journal.State) -> dict[str, Any] | None:
+        ages = _ages(repository, state)
         old = [gone.image for gone in state.removed.values()
-               if gone.age >= retention]
+               if ages[gone.time] >= retention]
         kept = needed(old) if old else ()
         serials = sorted(image.serial for image in old
                          if image.serial not in kept)
         used = _used(repository, state, serials)
         young = {digest for digest, moment in state.retired.items()
-                 if journal.age(moment) < retention}
+                 if ages[moment] < retention}
         packs = sorted(state.packs.keys() - used - young)
         result.images, result.packs = len(serials), len(packs)
         result.kept = len(old) - len(serials)
@@ -284,6 +285,33 @@ def collect(repository: Repository, retention: float, grace: float,
             if not dry_run:
                 path.unlink(missing_ok=True)
     return result
+
+
+def _ages(repository: Repository, state: journal.State) -> dict[str, float]:
+    """Seconds since each time at which something was removed or retired.
+
+    Where that is yet to come, the clock of who said so was wrong: it is as
+    long ago at least as the first entry after it whose time has come.
+    """
+    ages = {moment: journal.age(moment) for moment in (
+        *(gone.time for gone in state.removed.values()),
+        *state.retired.values())}
+    ahead = {moment for moment, age in ages.items() if age < 0}
+    since, number = 0.0, state.version
+    while ahead and number:
+        try:
+            moment = journal.parse(repository.store.get(
+                store.entry_name(number), journal.ENTRY_LIMIT),
+                number)['time']
+            age = journal.age(moment)
+        except (*exception.UNREADABLE, LookupError, ValueError, TypeError):
+            break
+        if moment in ahead:
+            ages[moment] = since
+            ahead.remove(moment)
+        since = age if age >= 0 else since
+        number -= 1
+    return ages
 
 
 def _kept(state: journal.State,

@@ -2,6 +2,7 @@
 """Repositories: histories, races, checks and collecting garbage."""
 
 import contextlib
+import datetime
 import json
 import os
 import shutil
@@ -383,6 +384,46 @@ def test_collecting(tmp_path, repo):
             ] == ['young']
     assert names(repo, 'packs') | names(repo, 'manifests') == kept
     assert read_back(repo, repo.image('one')) == one
+    assert not list(upkeep.check(repo, deep=True))
+
+
+class Clock(datetime.datetime):
+    """A clock that somebody sets."""
+
+    days = 0.0
+
+    @classmethod
+    def now(cls, tz=None):
+        return super().now(tz) + datetime.timedelta(cls.days)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    monkeypatch.setattr(Clock, 'days', 0.0)
+    monkeypatch.setattr(journal.datetime, 'datetime', Clock)
+    return Clock
+
+
+def test_a_clock_that_was_years_ahead(tmp_path, repo, clock):
+    for number, name in enumerate('abc'):
+        put(repo, tmp_path / 'work', name, disk(9 * BLOCK, number))
+    clock.days = 4000
+    repo.remove('a')
+    clock.days = 0
+    # Nobody can tell how long ago that was, until something else happens.
+    assert upkeep.collect(repo, 10, 0).images == 0
+    clock.days = 3000
+    assert upkeep.collect(repo, 10, 0).images == 0
+    clock.days = 0
+    repo.remove('b')
+    clock.days = 2
+    repo.checkpoint()
+    week = 7 * 86400
+    assert upkeep.collect(repo, week, 0).images == 0
+    clock.days = 8
+    done = upkeep.collect(repo, week, 0)
+    assert (done.images, done.packs) == (2, 2)
+    assert list(repo.state().images) == ['c']
     assert not list(upkeep.check(repo, deep=True))
 
 
