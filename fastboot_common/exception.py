@@ -17,6 +17,8 @@
     └── CommandFailed    a program that we ran failed; carries its words
 """
 
+from typing import Final
+
 
 class FastbootError(Exception):
     """Root of all errors that fastboot raises on purpose."""
@@ -56,6 +58,10 @@ class UnknownVersion(Corrupt):
 
 class Unavailable(FastbootError):
     """Not reachable at the moment. The same call may succeed later."""
+
+
+#: What reading an object may raise, where one must not stop all others.
+UNREADABLE: Final = (NotFound, Corrupt, Unavailable)
 
 
 class NoSpace(FastbootError):

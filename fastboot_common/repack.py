@@ -64,13 +64,13 @@ def repack(repository: Repository, below: float, *, level: int = 9,
     """Rewrite the packs of which less than a share is needed.
 
     Those first of which least is; what is too much for one run is left to
-    the next. Safe to interrupt: without the entry, nothing has changed.
+    the next. Safe to interrupt: without the entry, nothing has changed. What
+    cannot be read is left as it is, with a warning.
 
     :param below: of a pack's blocks, from 0 to 1.
     :param level: of zstd.
     :param threads: for compressing; None: one a CPU.
     :raises Busy: others kept changing the images.
-    :raises Corrupt: a pack is damaged; nothing was changed.
     """
     with concurrent.futures.ThreadPoolExecutor(
             threads or len(os.sched_getaffinity(0))) as pool:
@@ -103,6 +103,8 @@ class _Work:
         self._level = level
         self._pool = pool
         self._refs: dict[str, pack.PackRef] = {}
+        #: The packs of each image.
+        self._uses: dict[str, set[str]] = {}
         self._writers: list[pack.PackWriter] = []
         self._new: list[pack.PackRef] = []
         #: Of each old pack: the writer and the ordinal of each block.
@@ -135,27 +137,49 @@ class _Work:
     def _choose(self) -> dict[str, _Live]:
         """The packs to rewrite, and which of their blocks are needed."""
         live: dict[str, _Live] = {}
-        for image in self._state.images.values():
-            self._mark(self._repository.read_manifest(image.manifest), live)
-        # Who was deregistered keeps its old manifest, and its packs.
-        keep = [gone.image.manifest for gone in self._state.removed.values()]
-        keep += [image.manifest for image in self._state.images.values()
-                 if image.image_id in self._left]
-        held = {ref.digest for digest in keep
-                for ref in self._repository.read_manifest(digest).packs}
-        chosen = {}
+        try:
+            for image in self._state.images.values():
+                self._mark(image, live)
+            # Who was deregistered keeps its old manifest, and its packs.
+            keep = [gone.image.manifest
+                    for gone in self._state.removed.values()]
+            keep += [image.manifest for image in self._state.images.values()
+                     if image.image_id in self._left]
+            held = {ref.digest for digest in keep
+                    for ref in self._repository.read_manifest(digest).packs}
+        except exception.UNREADABLE as error:
+            # No pack is collected meanwhile: it would only take more room.
+            LOG.warning('nothing is repacked: %s', error)
+            return {}
+        chosen: dict[str, _Live] = {}
         room = _MOVED
         for digest, used in sorted(live.items(),
                                    key=lambda item: item[1].mean()):
             if digest in held or digest in self._state.retired:
                 continue
+            if used.mean() >= self._below:
+                break
+            if not self._is_whole(self._refs[digest], used):
+                continue
             room -= int(used.sum())
-            if room < 0 or used.mean() >= self._below:
+            if room < 0:
                 break
             chosen[digest] = used
         return chosen
 
-    def _mark(self, found: manifest.Manifest, live: dict[str, _Live]) -> None:
+    def _is_whole(self, ref: pack.PackRef, live: _Live) -> bool:
+        try:
+            index = self._repository.pack_index(ref)
+            for frame in _frames(index, live):
+                self._repository.pack_plain(index, frame)
+        except exception.UNREADABLE as error:
+            LOG.warning('pack %s is not rewritten: %s', ref.digest, error)
+            return False
+        return True
+
+    def _mark(self, image: journal.Image, live: dict[str, _Live]) -> None:
+        found = self._repository.read_manifest(image.manifest)
+        self._uses[image.image_id] = {ref.digest for ref in found.packs}
         for ref in found.packs:
             self._refs[ref.digest] = ref
             live.setdefault(ref.digest, np.zeros(ref.blocks, bool))
@@ -165,22 +189,18 @@ class _Work:
 
     def _images(self, chosen: set[str]) -> list[journal.Image]:
         return [image for image in self._state.images.values()
-                if any(ref.digest in chosen for ref in
-                       self._repository.read_manifest(image.manifest).packs)]
+                if chosen & self._uses[image.image_id]]
 
     # Doing it
 
     def _move(self, ref: pack.PackRef, live: _Live) -> None:
         """Copy the needed blocks of a pack into the newest one."""
         index = self._repository.pack_index(ref)
-        read = self._repository.pack_read(ref.digest)
         size = self._repository.block_size
         writers = np.full(ref.blocks, -1, np.int64)
         ordinals = np.zeros(ref.blocks, np.int64)
-        frames = index.frame_of(np.flatnonzero(live))
-        for frame in np.unique(frames).tolist():
-            plain = memoryview(index.decode(frame, read(
-                *index.extent(frame))))
+        for frame in _frames(index, live):
+            plain = memoryview(self._repository.pack_plain(index, frame))
             first, end = index.first[frame:frame + 2].tolist()
             for ordinal in range(first, end):
                 if live[ordinal]:
@@ -210,8 +230,10 @@ class _Work:
         for image in self._images(chosen):
             try:
                 made[image.image_id] = self._rewrite(image)
-            except exception.ImageRejected as error:
-                LOG.warning('its packs are not rewritten: %s', error)
+            except (exception.ImageRejected,
+                    *exception.UNREADABLE) as error:
+                LOG.warning('the packs of image %s are not rewritten: %s',
+                            image.image_id, error)
                 self._left.add(image.image_id)
         if len(self._left) > before:
             raise _Repeat('some images keep their packs')
@@ -286,3 +308,10 @@ class _Work:
                                  writer.path)
         for data in made.values():
             self._repository.keep_manifest(data)
+
+
+def _frames(index: pack.PackIndex, live: _Live) -> list[int]:
+    """The frames of a pack that have needed blocks."""
+    found: list[int] = np.unique(
+        index.frame_of(np.flatnonzero(live))).tolist()
+    return found

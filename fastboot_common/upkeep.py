@@ -4,6 +4,7 @@
 import contextlib
 import dataclasses
 import hashlib
+import logging
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, Final
@@ -19,6 +20,8 @@ from fastboot_common import (
     store,
 )
 from fastboot_common.repository import Repository
+
+LOG = logging.getLogger(__name__)
 
 #: Seconds that an unfinished file is left alone at least: it may be in use.
 _UNFINISHED: Final = 86400
@@ -226,7 +229,8 @@ def collect(repository: Repository, retention: float, grace: float,
     """Remove what no image needs any more.
 
     The journal says so first; only then files go. Safe to interrupt: a
-    repeat removes the rest.
+    repeat removes the rest. While the manifest of an image that is kept
+    cannot be read, nobody knows what it needs, and every pack stays.
 
     :param retention: seconds that a deregistered image's packs are kept.
     :param grace: seconds that a file is left alone that nothing names.
@@ -236,14 +240,15 @@ def collect(repository: Repository, retention: float, grace: float,
     result = Collected()
 
     def build(state: journal.State) -> dict[str, Any] | None:
+        ages = _ages(repository, state)
         old = [gone.image for gone in state.removed.values()
-               if gone.age >= retention]
+               if ages[gone.time] >= retention]
         kept = needed(old) if old else ()
         serials = sorted(image.serial for image in old
                          if image.serial not in kept)
         used = _used(repository, state, serials)
         young = {digest for digest, moment in state.retired.items()
-                 if journal.age(moment) < retention}
+                 if ages[moment] < retention}
         packs = sorted(state.packs.keys() - used - young)
         result.images, result.packs = len(serials), len(packs)
         result.kept = len(old) - len(serials)
@@ -282,6 +287,33 @@ def collect(repository: Repository, retention: float, grace: float,
     return result
 
 
+def _ages(repository: Repository, state: journal.State) -> dict[str, float]:
+    """Seconds since each time at which something was removed or retired.
+
+    Where that is yet to come, the clock of who said so was wrong: it is as
+    long ago at least as the first entry after it whose time has come.
+    """
+    ages = {moment: journal.age(moment) for moment in (
+        *(gone.time for gone in state.removed.values()),
+        *state.retired.values())}
+    ahead = {moment for moment, age in ages.items() if age < 0}
+    since, number = 0.0, state.version
+    while ahead and number:
+        try:
+            moment = journal.parse(repository.store.get(
+                store.entry_name(number), journal.ENTRY_LIMIT),
+                number)['time']
+            age = journal.age(moment)
+        except (*exception.UNREADABLE, LookupError, ValueError, TypeError):
+            break
+        if moment in ahead:
+            ages[moment] = since
+            ahead.remove(moment)
+        since = age if age >= 0 else since
+        number -= 1
+    return ages
+
+
 def _kept(state: journal.State,
           without: list[int]) -> Iterator[journal.Image]:
     yield from state.images.values()
@@ -292,8 +324,17 @@ def _kept(state: journal.State,
 
 def _used(repository: Repository, state: journal.State,
           without: list[int]) -> set[str]:
-    return {ref.digest for image in _kept(state, without)
-            for ref in repository.read_manifest(image.manifest).packs}
+    used: set[str] = set()
+    for image in _kept(state, without):
+        try:
+            found = repository.read_manifest(image.manifest)
+        except exception.UNREADABLE as error:
+            LOG.warning('image %s: %s; no pack is collected until its '
+                        'manifest is restored, or the image gone',
+                        image.image_id, error)
+            return set(state.packs)
+        used |= {ref.digest for ref in found.packs}
+    return used
 
 
 def _named(repository: Repository, state: journal.State) -> set[str]:

@@ -8,6 +8,7 @@ audits, the endpoint that agents report to, and now and then upkeep. All of it
 may be killed at any moment.
 """
 
+import contextlib
 import functools
 import os
 import pathlib
@@ -16,7 +17,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
 from oslo_config import cfg
@@ -208,17 +209,14 @@ class Builder:
         repository: Repository | None = None
         shelved = self._microvms()
         while True:
-            try:
+            with _survived():
                 self._sweep()
+            with _survived():
                 repository = repository or self._open()
                 self._collect(
                     repository, self._conf.repository.retention_days * 86400,
                     functools.partial(needs.keep, self._records))
                 self._tidy(repository, shelved)
-            except exception.FastbootError as error:
-                LOG.warning('upkeep: %s', error)
-            except Exception:
-                LOG.exception('upkeep failed; it is tried again later')
             # Builders that were started together should not all do it at
             # the same time.
             if self._stop.wait(interval * random.uniform(0.8, 1.2)):
@@ -242,30 +240,45 @@ class Builder:
         found = shelved.repository()
         if found is None:
             return
-        removed = shelved.tidy(images, self._records.platforms())
-        if removed:
-            LOG.info('upkeep: removed %d µVMs of no use', removed)
+        with _survived():
+            removed = shelved.tidy(images, self._records.platforms())
+            if removed:
+                LOG.info('upkeep: removed %d µVMs of no use', removed)
         self._collect(found, self._conf.bakery.retention_hours * 3600)
 
     def _collect(self, repository: Repository, retention: float,
                  needed: upkeep.Needed = upkeep.by_nobody) -> None:
         group = self._conf.repository
-        moved = repack.repack(
-            repository, group.repack_below / 100,
-            level=group.boot_compression_level,
-            threads=group.threads or None)
-        if moved.retired:
-            LOG.info('upkeep: rewrote %d packs, %d bytes into %d',
-                     moved.retired, moved.before, moved.after)
-        done = upkeep.collect(repository, retention,
-                              group.grace_hours * 3600, needed=needed)
-        if done.files:
-            LOG.info('upkeep: removed %d files, %d bytes, from the '
-                     'repository', done.files, done.bytes)
+        # First: to rewrite packs takes room.
+        with _survived():
+            done = upkeep.collect(repository, retention,
+                                  group.grace_hours * 3600, needed=needed)
+            if done.files:
+                LOG.info('upkeep: removed %d files, %d bytes, from the '
+                         'repository', done.files, done.bytes)
+        with _survived():
+            moved = repack.repack(
+                repository, group.repack_below / 100,
+                level=group.boot_compression_level,
+                threads=group.threads or None)
+            if moved.retired:
+                LOG.info('upkeep: rewrote %d packs, %d bytes into %d',
+                         moved.retired, moved.before, moved.after)
         version = repository.state().version
         if version >= journal.SERIAL_WARNING:
             LOG.warning('repository %s: %s', repository.id,
                         journal.describe_serials(version))
+
+
+@contextlib.contextmanager
+def _survived() -> Iterator[None]:
+    """Whatever is wrong with one part of upkeep, the others go on."""
+    try:
+        yield
+    except exception.FastbootError as error:
+        LOG.warning('upkeep: %s', error)
+    except Exception:
+        LOG.exception('a part of upkeep failed; it is tried again later')
 
 
 def _platform(options: Any) -> key.Platform | None:

@@ -34,7 +34,6 @@ _COMING: Final = ('queued', 'saving', 'importing', 'uploading')
 #: Seconds between two looks at an image that is not active yet: a share of
 #: the job's age, so that small images are seen at once.
 _LOOK: Final = (0.5, 0.05, 30.0)
-_LONGEST_WAIT: Final = 600.0
 #: Seconds until a job is tried again that others are in the way of, or that
 #: this builder cannot do as it is configured.
 _AGAIN: Final = 10.0
@@ -46,6 +45,10 @@ _NO_ROOM: Final = 300.0
 #: between.
 _PASSING: Final = (exception.Unavailable, exception.NotFound,
                    exception.Corrupt, OSError)
+#: Errors that have nothing to do with the image: a job waits until they are
+#: over, however long.
+LATER: Final = (exception.Unavailable, exception.Busy, exception.NoSpace,
+                exception.ConfigError)
 #: Seconds that an attempt may fail before it is said that all is to stop.
 _STOPPED: Final = 1.0
 
@@ -86,8 +89,16 @@ class Case(abc.ABC):
 
         :returns: None if the job is done, well or badly; else the seconds
             after which somebody should look at it again.
-        :raises Unavailable: something is away that is needed to decide.
+        :raises FastbootError: one of ``LATER``; nothing could be decided.
         """
+        try:
+            return self._look()
+        except LATER:
+            raise
+        except Exception as error:
+            return self._stuck(error)
+
+    def _look(self) -> float | None:
         job, tools = self._claim.job, self._tools
         try:
             image = tools.glance.get(job.image_id)
@@ -132,6 +143,28 @@ class Case(abc.ABC):
         :param passing: at least not soon: it was not the image's fault.
         """
 
+    @abc.abstractmethod
+    def _give_up(self, words: str) -> None:
+        """Say that nobody tries again, of an image that cannot even be
+        looked at."""
+
+    def _stuck(self, error: Exception) -> float | None:
+        """A look failed, or saying how an attempt ended. Where it always
+        does, the job must come to an end, too."""
+        if self._claim.lost:
+            return _AGAIN
+        image_id = self._claim.job.image_id
+        book = self._tools.books.open(self._claim.job)
+        if book.wait > 0:
+            return book.wait
+        book.begin()
+        LOG.warning('image %s cannot be looked at', image_id, exc_info=error)
+        if book.attempts < self._options.attempts:
+            return self._delay(book)
+        self._give_up(f'{type(error).__name__}: {error}')
+        staging.remove(self._tools.workdir, image_id)
+        return None
+
     def _is_gone(self) -> bool:
         try:
             self._tools.glance.get(self._claim.job.image_id)
@@ -152,7 +185,7 @@ class Case(abc.ABC):
     def _attempt(self, image: images.Image,
                  book: logbooks.Logbook) -> float | None:
         if book.wait > 0:
-            return min(book.wait, _LONGEST_WAIT)
+            return book.wait
         cap = self._options.attempts
         if book.attempts >= cap:
             self._end(image, f'builders died in each of {cap} attempts; see '
@@ -194,10 +227,15 @@ class Case(abc.ABC):
         if book.attempts >= self._options.attempts:
             self._end(image, words, isinstance(error, _PASSING))
             return None
-        first: float = self._options.retry_wait
-        wait = min(first * 2.0 ** (book.attempts - 1), _LONGEST_WAIT)
-        book.put_off(wait)
+        wait = self._delay(book)
         self._put_off(image, book, words)
+        return wait
+
+    def _delay(self, book: logbooks.Logbook) -> float:
+        """Let some time pass before the next attempt; how many seconds."""
+        first: float = self._options.retry_wait
+        wait = min(first * 2.0 ** (book.attempts - 1), logbooks.LONGEST_WAIT)
+        book.put_off(wait)
         return wait
 
     def _given_up(self, image: images.Image, book: logbooks.Logbook,
@@ -340,6 +378,9 @@ class Build(Case):
         self._registry.failed(image, words, passing)
         staging.remove(self._tools.workdir, image.image_id)
 
+    def _give_up(self, words: str) -> None:
+        self._registry.stuck(self._claim.job.image_id, words)
+
 
 class Bake(Case):
     """An image that has its cache is to have a µVM for our platform."""
@@ -418,3 +459,7 @@ class Bake(Case):
         root = self._tools.bakes.root(self._found(image))
         self._tools.bakes.ended(image, 'failed', root, words)
         staging.remove(self._tools.workdir, image.image_id)
+
+    def _give_up(self, words: str) -> None:
+        LOG.warning('image %s: its bake is left to the audit: %s',
+                    self._claim.job.image_id, words)

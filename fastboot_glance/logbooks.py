@@ -22,6 +22,8 @@ _NAME: Final = 'fastboot-build'
 #: (seconds, Unix time).
 _ATTEMPTS: Final = 'attempts'
 _NOT_BEFORE: Final = 'not_before'
+#: Seconds that anybody puts a flow off.
+LONGEST_WAIT: Final = 600.0
 
 
 class Logbooks:
@@ -113,8 +115,12 @@ class Logbook:
 
     @property
     def wait(self) -> float:
-        """Seconds until it may be begun again."""
-        return float((self.flow.meta or {}).get(_NOT_BEFORE, 0)) - time.time()
+        """Seconds until it may be begun again.
+
+        0 if they are many more than anybody says: his clock was wrong.
+        """
+        left = float((self.flow.meta or {}).get(_NOT_BEFORE, 0)) - time.time()
+        return left if left < 2 * LONGEST_WAIT else 0.0
 
     def begin(self) -> None:
         """Count an attempt, before anything can go wrong in it."""

@@ -128,15 +128,20 @@ class Microvms:
         found = self.all()
         state = images.state()
         moving = {removed.image.image_id for removed in state.removed.values()
-                  if removed.age < _MOVES}
+                  if abs(removed.age) < _MOVES}
         count = 0
         for one in found:
             image = state.images.get(one.name.image)
-            if image is None:
-                useless = one.name.image not in moving
-            else:
-                useless = images.read_manifest(
-                    image.manifest).root != one.root or _is_old(one, used)
+            try:
+                if image is None:
+                    useless = one.name.image not in moving
+                else:
+                    useless = images.read_manifest(
+                        image.manifest).root != one.root or _is_old(one, used)
+            except exception.UNREADABLE as error:
+                LOG.warning('the µVM of image %s stays: %s', one.name.image,
+                            error)
+                continue
             count += useless and self.remove(one)
         return count
 

@@ -33,13 +33,14 @@ from fastboot_glance import tables
 
 # It logs a traceback at the end of its patience; our error has the words.
 logging.getLogger('oslo_db.api').setLevel(logging.CRITICAL)
+LOG = logging.getLogger(__name__)
 
 BUILD_STATES: Final = (
     'queued', 'building', 'ready', 'error', 'skipped', 'off')
 #: The stage of a build in error that the audit has tried again.
 PASSING: Final = 'passing'
 MICROVM_STATES: Final = ('none', 'baking', 'ready', 'refused', 'failed')
-#: Bytes that a host's images may have, decompressed.
+#: Bytes that a host's images may have before compression, and its µVMs.
 IMAGES_LIMIT: Final = 64 << 20
 #: Names that hostile reports can make up at most.
 HOSTS_LIMIT: Final = 20_000
@@ -391,16 +392,21 @@ class Records:
         :param report: as an agent sends it, checked by
             :func:`fastboot_glance.reports.check`.
         :returns: whether it was kept.
-        :raises Invalid: there are too many hosts already.
+        :raises Invalid: it is too long, or there are too many hosts already.
         """
         hosts = tables.HOSTS
-        images = _encode(report['images'])
+        try:
+            images = _encode(report['images'])
+            microvms = _encode_microvms(report['microvms'])
+        except exception.Invalid as error:
+            raise exception.Invalid(
+                f'host {report["host"]}: {error}') from error
         values = {
             'at': min(float(report['at']), time.time()),
             'digest': hashlib.sha256(images).hexdigest(), 'images': images,
             'lazy_guests': json.dumps(report['lazy_guests']),
             'platforms': json.dumps(report['platforms']),
-            'microvms': _encode_microvms(report['microvms']),
+            'microvms': microvms,
         } | {key: report[key] for key in (
             'version', 'software', 'volume_bytes', 'mirror_bytes',
             'free_bytes')}
@@ -430,7 +436,8 @@ class Records:
             return None
         row = rows[0]
         del row['digest']
-        return Host(**_parsed(row) | {'images': _decode(row['images'])})
+        return Host(**_parsed(row) | {
+            'images': _decode(name, row['images'])})
 
     @_guarded
     def hosts(self) -> list[Host]:
@@ -441,9 +448,10 @@ class Records:
         ]).order_by(hosts.c.name))
         known = self._decoded
         lacking = {row['digest'] for row in rows} - known.keys()
-        fresh = {row['digest']: _decode(row['images']) for row in self._rows(
-            sa.select(hosts.c.digest, hosts.c.images).where(
-                hosts.c.digest.in_(lacking)))} if lacking else {}
+        fresh = {row['digest']: _decode(row['name'], row['images'])
+                 for row in self._rows(sa.select(
+                     hosts.c.name, hosts.c.digest, hosts.c.images).where(
+                         hosts.c.digest.in_(lacking)))} if lacking else {}
         digests = [row.pop('digest') for row in rows]
         self._decoded = found = {
             # A report that came between the two looks is shown next time.
@@ -462,7 +470,8 @@ class Records:
         with self._engine.connect().execution_options(
                 yield_per=_AT_ONCE) as connection:
             return {row.name: {
-                key: image for key, image in _decode(row.images).items()
+                key: image for key, image in _decode(
+                    row.name, row.images).items()
                 if key in image_ids} for row in connection.execute(
                     sa.select(hosts.c.name, hosts.c.images).order_by(
                         hosts.c.name))}
@@ -593,7 +602,7 @@ def _parsed(row: dict[str, Any]) -> dict[str, Any]:
     return row | {
         key: json.loads(row[key] or 'null')
         for key in ('lazy_guests', 'platforms')
-    } | {'microvms': _decode_microvms(row['microvms'])}
+    } | {'microvms': _decode_microvms(row['name'], row['microvms'])}
 
 
 def _encode(images: list[dict[str, Any]]) -> bytes:
@@ -602,9 +611,9 @@ def _encode(images: list[dict[str, Any]]) -> bytes:
         for one in images})
 
 
-def _decode(blob: bytes) -> dict[str, HostImage]:
+def _decode(host: str, blob: bytes) -> dict[str, HostImage]:
     return {key: HostImage(*values)
-            for key, values in _unpack(blob).items()}
+            for key, values in _unpack(host, blob).items()}
 
 
 def _encode_microvms(found: list[dict[str, Any]] | None) -> bytes | None:
@@ -615,15 +624,26 @@ def _encode_microvms(found: list[dict[str, Any]] | None) -> bytes | None:
         'reason')] for one in found])
 
 
-def _decode_microvms(blob: bytes | None) -> list[HostMicrovm] | None:
+def _decode_microvms(host: str,
+                     blob: bytes | None) -> list[HostMicrovm] | None:
     return None if blob is None else [
-        HostMicrovm(*values) for values in _unpack(blob)]
+        HostMicrovm(*values) for values in _unpack(host, blob)]
 
 
 def _pack(value: Any) -> bytes:
-    return zlib.compress(json.dumps(
-        value, sort_keys=True, separators=(',', ':')).encode())
+    data = json.dumps(value, sort_keys=True, separators=(',', ':')).encode()
+    if len(data) > IMAGES_LIMIT:
+        raise exception.Invalid(
+            f'a report of {len(data)} bytes; at most {IMAGES_LIMIT} are kept')
+    return zlib.compress(data)
 
 
-def _unpack(blob: bytes) -> Any:
-    return json.loads(zlib.decompressobj().decompress(blob, IMAGES_LIMIT))
+def _unpack(host: str, blob: bytes) -> Any:
+    """What a host said; nothing, if it cannot be read: one host must not
+    keep the others' from being read."""
+    try:
+        return json.loads(
+            zlib.decompressobj().decompress(blob, IMAGES_LIMIT))
+    except (ValueError, zlib.error) as error:
+        LOG.warning('host %s: its report cannot be read: %s', host, error)
+        return {}

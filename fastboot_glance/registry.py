@@ -152,6 +152,13 @@ class Registry:
         self._herald.notify('error', {
             'image_id': image.image_id, 'name': image.name, 'error': words})
 
+    def stuck(self, image_id: str, words: str) -> None:
+        """As :meth:`failed`, of an image that cannot be looked at: only the
+        records can be told. The audit tries again, later."""
+        LOG.warning('image %s is given up: %s', image_id, words)
+        self._records.note_build(image_id, state='error', error=words,
+                                 stage=records.PASSING)
+
     def refresh(self, draft: manifest.Manifest) -> journal.Image:
         """Give a registered image the boot set and trace of a new capture.
 

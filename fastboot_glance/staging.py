@@ -170,7 +170,10 @@ def drop_file(workdir: pathlib.Path, image_id: str) -> None:
 
 
 def remove(workdir: pathlib.Path, image_id: str) -> None:
-    """Remove the directory of an image, if nobody has it."""
-    with contextlib.suppress(exception.Busy), \
+    """Remove the directory of an image, if nobody has it.
+
+    Who is no image of Glance's has none.
+    """
+    with contextlib.suppress(exception.Busy, exception.NoSpace, ValueError), \
             open_stage(workdir, image_id) as stage:
         stage.discard()

@@ -114,7 +114,7 @@ class Worker:
             with claim:
                 kind = cases.Bake if job.platform else cases.Build
                 wait = kind(claim, tools).work()
-        except exception.Unavailable as error:
+        except cases.LATER as error:
             LOG.warning('image %s: later: %s', job.image_id, error)
         finally:
             with self._lock:

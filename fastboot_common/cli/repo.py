@@ -5,12 +5,15 @@ import argparse
 import contextlib
 import functools
 import importlib
+import logging
 import pathlib
 from typing import Any
 
 from fastboot_common import exception, files, repack, repository, upkeep
 from fastboot_common.cli import base, progress
 from fastboot_common.store import local
+
+LOG = logging.getLogger(__name__)
 
 
 class Init(base.Command):
@@ -100,15 +103,20 @@ class Gc(base.ShowOne):
         group = self.env.conf.repository
         days, hours = parsed_args.retention_days, parsed_args.grace_hours
         found = self.env.writable_repository()
-        moved = repack.repack(
-            found, group.repack_below / 100,
-            level=group.boot_compression_level,
-            threads=group.threads or None, dry_run=parsed_args.dry_run)
+        # First: to rewrite packs takes room.
         done = upkeep.collect(
             found,
             (group.retention_days if days is None else days) * 86400,
             (group.grace_hours if hours is None else hours) * 3600,
             parsed_args.dry_run, _needed(self.env.conf))
+        try:
+            moved = repack.repack(
+                found, group.repack_below / 100,
+                level=group.boot_compression_level,
+                threads=group.threads or None, dry_run=parsed_args.dry_run)
+        except exception.FastbootError as error:
+            LOG.warning('no packs were rewritten: %s', error)
+            moved = repack.Repacked()
         return self.dict2columns({
             'dry_run': parsed_args.dry_run, 'images': done.images,
             'kept': done.kept, 'packs': done.packs, 'files': done.files,

@@ -98,11 +98,9 @@ def act(call: Call, image_id: str) -> tuple[int, dict[str, Any]]:
         raise exception.Invalid(
             'the body must be {"build": {}} or {"refresh": {}}')
     image, build = _find(call, image_id, f'images:{action}')
-    if image is None:
-        _validate_uuid(image_id)
-        if action == 'refresh':
-            raise Conflict(
-                f'image {image_id} has no cache to refresh; build it')
+    _validate_uuid(image_id)
+    if image is None and action == 'refresh':
+        raise Conflict(f'image {image_id} has no cache to refresh; build it')
     call.parts.post_build(image_id, force=action == 'refresh')
     return 202, {'image': overview.image_row(
         image_id, image, call.parts.records.build(image_id)
@@ -114,4 +112,5 @@ def _validate_uuid(image_id: str) -> None:
         uuid.UUID(image_id)
     except ValueError:
         raise exception.Invalid(
-            f'not the id of an image in Glance: {image_id!r}') from None
+            f'not the id of an image in Glance, and builders know no other: '
+            f'{image_id!r}') from None

@@ -208,10 +208,10 @@ class Kept:
     def note_host(self, report):
         assert reports.check(report) == report
         blob = records._encode(report['images'])
-        assert list(records._decode(blob)) == sorted(
+        assert list(records._decode('host', blob)) == sorted(
             one['id'] for one in report['images'])
         found = records._decode_microvms(
-            records._encode_microvms(report['microvms']))
+            'host', records._encode_microvms(report['microvms']))
         assert [one.group for one in found or ()] == [
             one['class'] for one in report['microvms'] or ()]
         report['host'].encode() + report['software'].encode()

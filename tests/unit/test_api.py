@@ -227,6 +227,16 @@ def test_refresh_of_nothing(centre):
     assert centre('/v1/images/debian/action', 'POST', {'build': {}})[0] == 400
 
 
+@pytest.mark.parametrize('action', ['build', 'refresh'])
+def test_what_was_registered_by_hand_is_not_for_builders(
+        centre, tmp_path, action):
+    centre.publish(tmp_path, 'debian-12', 'p1')
+    status, body = centre('/v1/images/debian-12/action', 'POST', {action: {}})
+    assert status == 400
+    assert "in Glance, and builders know no other: 'debian-12'" in str(body)
+    assert not centre.board.posted
+
+
 def test_jobboard_away(centre):
     centre.board.error = UNREACHABLE
     response = centre.raw(f'/v1/images/{NEW}/action', 'POST', {'build': {}})

@@ -12,7 +12,7 @@ from microvms import a_key, make
 from oslo_config import cfg
 from test_eligibility import IMAGE
 
-from fastboot_common import exception, journal, publish, upkeep
+from fastboot_common import exception, journal, publish, store, upkeep
 from fastboot_common.cli import base
 from fastboot_common.conf import opts
 from fastboot_common.microvm import shelf
@@ -355,6 +355,23 @@ class TestTidy:
         monkeypatch.setattr(microvms, '_MOVES', -1)
         assert self.tidy(world) == 1
         assert world.there == []
+
+    def test_without_an_image_by_a_clock_that_is_ahead(
+            self, world, monkeypatch):
+        world.bake()
+        world.repository.remove(ID)
+        monkeypatch.setattr(journal, 'age', lambda time: -1e8)
+        assert self.tidy(world) == 1
+
+    def test_of_an_image_that_cannot_be_read(self, world, caplog):
+        world.bake()
+        root = world.repository.store._root
+        digest = world.found.manifest
+        (root / store.object_name('manifests', digest)).unlink()
+        world.repository = open_repository(root)
+        assert self.tidy(world) == 0
+        assert world.there == [HERE.text]
+        assert f'the µVM of image {ID} stays' in caplog.text
 
     def test_of_another_content(self, world):
         world.bake()

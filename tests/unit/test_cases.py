@@ -2,9 +2,11 @@
 """What becomes of attempts, and what a build leaves to the bake behind
 it."""
 
+import contextlib
 import dataclasses
 import os
 import threading
+import time
 import types
 
 import pytest
@@ -15,7 +17,7 @@ from test_bakes import HERE, OTHER
 from test_eligibility import IMAGE
 
 from fastboot_common import exception, journal
-from fastboot_glance import cases, staging
+from fastboot_glance import cases, logbooks, staging, worker
 
 
 def job(platform, image_id=IMAGE.image_id):
@@ -155,6 +157,120 @@ def test_whose_fault_an_error_is(tmp_path, error, passing):
     one = Attempt(tmp_path, error)
     assert one.run() is None
     assert one.failed == [passing]
+
+
+class Looks:
+    """A job that is looked at again and again."""
+
+    def __init__(self, path, error, kind=cases.Build, image_id=WHOLE.image_id,
+                 get=lambda image_id: WHOLE):
+        self.stuck, self.book = [], Book()
+        self.book.attempts = 0
+
+        def fail(*arguments):
+            raise error
+
+        tools = types.SimpleNamespace(
+            workdir=path, glance=types.SimpleNamespace(get=get),
+            policies=types.SimpleNamespace(refuse=lambda image: None),
+            books=types.SimpleNamespace(open=lambda job: self.book),
+            registry=types.SimpleNamespace(
+                gone=lambda image_id: None, find=fail,
+                stuck=lambda image_id, words: self.stuck.append(words)),
+            conf=types.SimpleNamespace(builder=types.SimpleNamespace(
+                attempts=3, retry_wait=1, wait_active=3600)))
+        self.claim = types.SimpleNamespace(
+            job=job('', image_id), lost=False, cancel=threading.Event())
+        self.case = kind(self.claim, tools)
+        self.case._attempt = fail
+
+    def work(self):
+        self.book.wait = 0
+        return self.case.work()
+
+
+def strange(image_id):
+    raise KeyError('status')
+
+
+@pytest.mark.parametrize('kind', [cases.Build, cases.Bake])
+@pytest.mark.parametrize('error, get', [
+    (exception.NotFound('no manifest'), lambda image_id: WHOLE),
+    (exception.Corrupt('digest'), lambda image_id: WHOLE),
+    (ValueError('a bug'), lambda image_id: WHOLE), (None, strange)])
+def test_a_job_that_always_raises_ends(tmp_path, kind, error, get, caplog):
+    one = Looks(tmp_path, error, kind, get=get)
+    assert [one.work() for _ in range(3)] == [1, 2, None]
+    words = str(error or "'status'")
+    assert words in caplog.text
+    assert [words in told for told in one.stuck] == (
+        [True] if kind is cases.Build else [])
+
+
+def test_other_workers_wait_as_well(tmp_path):
+    one = Looks(tmp_path, ValueError('a bug'))
+    one.work()
+    assert (one.case.work(), one.book.attempts) == (1, 1)
+    one.claim.lost = True
+    one.work()
+    assert one.book.attempts == 1
+
+
+@pytest.mark.parametrize('error', [
+    exception.Unavailable('away'), exception.NoSpace('full'),
+    exception.Busy('others'), exception.ConfigError('no such directory')])
+def test_what_is_not_the_jobs_fault_is_not_counted(tmp_path, error):
+    one = Looks(tmp_path, error)
+    with pytest.raises(type(error)):
+        one.work()
+    assert (one.book.attempts, one.stuck) == (0, [])
+
+
+def test_who_is_not_in_glance_has_no_job(tmp_path):
+    """Registered by hand, under any name."""
+    def get(image_id):
+        raise exception.NotFound('no such image')
+
+    one = Looks(tmp_path, None, image_id='debian-12', get=get)
+    assert one.work() is None
+    assert one.book.attempts == 0
+
+
+def test_a_worker_looks_later_if_it_is_not_the_jobs_fault(
+        tmp_path, monkeypatch):
+    monkeypatch.setattr(cases.Build, 'work', Looks(
+        tmp_path, exception.NoSpace('full')).case._attempt)
+    released = []
+    mine = worker.Worker(lambda: None, 1)
+    mine._have(Claim(released), types.SimpleNamespace(
+        registry=None, conf=types.SimpleNamespace(builder=None)))
+    assert released == [True]
+    assert list(mine._later) == ['u']
+
+
+class Claim(contextlib.AbstractContextManager):
+    """A claim of a build."""
+
+    def __init__(self, released):
+        self.job, self.lost = job(''), False
+        self.job.uuid = 'u'
+        self.release = lambda: released.append(True)
+
+    def __exit__(self, *_):
+        return None
+
+
+def test_one_clock_does_not_put_a_job_off_for_years(monkeypatch):
+    flow = types.SimpleNamespace(meta={})
+    book = logbooks.Logbook(types.SimpleNamespace(save=lambda flow: None),
+                            flow)
+    book.put_off(logbooks.LONGEST_WAIT)
+    now = time.time()
+    # Clocks differ a little.
+    monkeypatch.setattr(time, 'time', lambda: now - 60)
+    assert 600 < book.wait <= 660
+    monkeypatch.setattr(time, 'time', lambda: now - 1e8)
+    assert book.wait == 0
 
 
 def test_copies_of_all_workers_fit(tmp_path):

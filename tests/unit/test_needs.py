@@ -10,7 +10,7 @@ import pytest
 from disks import BLOCK, disk, make_repository, put, read_back
 from oslo_config import cfg
 
-from fastboot_common import exception, journal, upkeep
+from fastboot_common import exception, journal, repack, upkeep
 from fastboot_common.cli import repo as cli
 from fastboot_common.conf import opts
 from fastboot_glance import builder, needs, records, reports, upgradecheck
@@ -156,6 +156,55 @@ def test_fastbootctl_asks(world, monkeypatch):
     world.conf.set_override('connection', '', 'database')
     assert dict(zip(*command.take_action(arguments), strict=True))[
         'images'] == 1
+
+
+@pytest.mark.parametrize('error', [
+    exception.NoSpace('full'), RuntimeError('a bug')])
+def test_a_full_repository_is_collected(world, monkeypatch, caplog, error):
+    """Rewriting packs takes room, which collecting makes."""
+    def fail(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr(repack, 'repack', fail)
+    builder.Builder._collect(
+        types.SimpleNamespace(_conf=world.conf), world.repository, 0)
+    assert not world.repository.state().packs
+    assert str(error) in caplog.text
+
+
+def test_what_cannot_be_collected_stops_nothing_else(
+        world, monkeypatch, caplog):
+    called = []
+    monkeypatch.setattr(repack, 'repack', lambda *_, **__: called.append(
+        1) or repack.Repacked())
+
+    def fail(*_):
+        raise exception.Unavailable('away')
+
+    service = types.SimpleNamespace(
+        _conf=world.conf, _records=types.SimpleNamespace(host_images=fail),
+        _microvms=lambda: None, _sweep=fail,
+        _open=lambda: world.repository,
+        _tidy=lambda *_: called.append(2),
+        _stop=types.SimpleNamespace(wait=lambda seconds: True))
+    service._collect = functools.partial(builder.Builder._collect, service)
+    builder.Builder._keep_up(service)
+    assert called == [1, 2]
+    assert caplog.text.count('upkeep: away') == 2
+
+
+def test_fastbootctl_collects_where_nothing_can_be_rewritten(
+        world, monkeypatch, caplog):
+    def fail(*arguments, **options):
+        raise exception.NoSpace('full')
+
+    monkeypatch.setattr(repack, 'repack', fail)
+    command = cli.Gc(types.SimpleNamespace(stdout=io.StringIO()), None)
+    monkeypatch.setattr(cli.Gc, 'env', types.SimpleNamespace(
+        conf=world.conf, writable_repository=lambda: world.repository))
+    command.take_action(command.get_parser('gc').parse_args([]))
+    assert not world.repository.state().packs
+    assert 'no packs were rewritten: full' in caplog.text
 
 
 def test_the_check_names_them(world):

@@ -3,6 +3,7 @@
 
 import threading
 import time
+import zlib
 
 import pytest
 import sqlalchemy as sa
@@ -212,6 +213,38 @@ def test_all_hosts_and_one_agree_after_every_change(store):
         # Equal reports are decoded once.
         one, two, _ = store.hosts()
         assert one.images is two.images
+
+
+@pytest.mark.parametrize('member', ['images', 'microvms'])
+def test_a_report_that_is_too_long(store, monkeypatch, member):
+    """Not what it takes on the wire, but what it is here: an emoji has four
+    bytes there, and twelve here."""
+    monkeypatch.setattr(records, 'IMAGES_LIMIT', 1000)
+    words = chr(0x1f600) * 90
+    rows = [
+        {'id': 'i', 'state': 'error', 'error': words, 'progress': 0}
+        if member == 'images' else
+        {'image': 'i', 'class': 'ab' * 32, 'state': 'error', 'reason': words,
+         'bytes': 0, 'lanes': 0, 'resumed': 0, 'fallbacks': 0}]
+    with pytest.raises(exception.Invalid, match='host h: a report of'):
+        store.note_host(report('h', **{member: rows}))
+    assert store.hosts() == []
+
+
+@pytest.mark.parametrize('blob', [
+    b'', b'not compressed', zlib.compress(b'{"i": ["rea')])
+def test_a_row_that_cannot_be_read_is_its_hosts_alone(store, blob, caplog):
+    store.note_host(report('bad'))
+    with store._engine.begin() as connection:
+        connection.execute(sa.update(tables.HOSTS).values(
+            images=blob, microvms=blob, digest='ab' * 32))
+    store.note_host(report('good'))
+    bad, good = store.hosts()
+    assert (bad.images, bad.microvms) == ({}, [])
+    assert good.images['a'].state == 'ready'
+    assert store.host('bad').images == {}
+    assert set(store.host_images({'a'})) == {'bad', 'good'}
+    assert 'host bad: its report cannot be read' in caplog.text
 
 
 def test_too_many_hosts(store, monkeypatch):

@@ -21,6 +21,7 @@ from fastboot_common import (
     manifest,
     pack,
     repack,
+    store,
     upkeep,
 )
 from fastboot_nova.mirror import Mirror
@@ -204,20 +205,72 @@ def test_images_that_keep_changing(repo, work, monkeypatch):
     assert not list(repo.store.scratch().iterdir())
 
 
-def test_a_damaged_pack_changes_nothing(repo, work):
+def damage(repo, digest, at):
+    path = repo.store._root / store.object_name('packs', digest)
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.unlink()
+    path.write_bytes(data)
+
+
+def packs(repo, image_id):
+    """Digests, of the pack with the most blocks first."""
+    return [ref.digest for ref in sorted(
+        repo.read_manifest(repo.image(image_id).manifest).packs,
+        key=lambda ref: -ref.blocks)]
+
+
+@pytest.mark.parametrize('which, at', [
+    # A frame of the pack to rewrite, and the index of the other one, without
+    # which what is made of the image cannot be proven.
+    (0, 40), (1, -100)])
+def test_a_damaged_pack_does_not_stop_others(repo, work, which, at, caplog):
     two(repo, work)
-    version = repo.state().version
-    for name, size, _ in list(repo.store.list('packs')):
-        path = repo.store._root / name
-        data = bytearray(path.read_bytes())
-        data[40] ^= 1
-        path.unlink()
-        path.write_bytes(data)
-        assert size
-    with pytest.raises(exception.Corrupt):
-        repack.repack(repo, .5)
-    assert open_repository(repo.store._root).state().version == version
+    whole = disk(SIZE, 'c', zeros=0)
+    put(repo, work, 'c', whole)
+    put(repo, work, 'd', whole[:SIZE // 4])
+    repo.remove('c')
+    upkeep.collect(repo, 0, 0)
+    before = {name: packs(repo, name) for name in 'bd'}
+    damage(repo, before['b'][which], at)
+    again = open_repository(repo.store._root)
+    assert repack.repack(again, .5, dry_run=True).retired == 1 + which
+    assert repack.repack(again, .5).retired == 1
+    assert before['b'][which] in caplog.text
+    assert packs(again, 'b') == before['b']
+    assert packs(again, 'd') != before['d']
+    assert read_back(again, again.image('d')) == whole[:SIZE // 4]
     assert not list(repo.store.scratch().iterdir())
+
+
+@pytest.mark.parametrize('kept', [False, True])
+def test_without_a_manifest_packs_stay(repo, work, kept, caplog):
+    """Its image may need any of them."""
+    two(repo, work)
+    put(repo, work, 'c', disk(SIZE, 'c'))
+    repo.remove('c')
+    manifest = repo.store._root / store.object_name(
+        'manifests', repo.image('b').manifest)
+    data = manifest.read_bytes()
+    manifest.unlink()
+    if kept:
+        # A host needs it.
+        repo.remove('b')
+    again = open_repository(repo.store._root)
+    assert repack.repack(again, .5) == repack.Repacked()
+    assert 'nothing is repacked' in caplog.text
+    before = again.state().packs
+    done = upkeep.collect(again, 0, 0, needed=lambda images: {
+        image.serial for image in images if image.image_id == 'b'})
+    # What its time is over, and what nobody names, goes all the same.
+    assert (done.images, done.kept, done.packs, done.files) == (
+        1, int(kept), 0, 1)
+    assert again.state().packs == before
+    assert 'image b: ' in caplog.text
+    manifest.write_bytes(data)
+    assert upkeep.collect(again, 0, 0, needed=lambda images: {
+        image.serial for image in images}).packs == 1
+    all_well(again)
 
 
 class Killed(BaseException):

@@ -107,6 +107,8 @@ def test_remove(tmp_path):
         assert stage.image.exists()
     staging.remove(tmp_path, IMAGE)
     assert not list((tmp_path / 'staging').iterdir())
+    # It cannot have anything here, and is not to stop who tidies up.
+    staging.remove(tmp_path, 'debian-12')
 
 
 def test_what_commands_left_that_died(tmp_path):
