@@ -117,6 +117,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         raw = self.rfile.read(int(length))
         if len(raw) < int(length):
             self.close_connection = True
+            self.send_error(400, f'{len(raw)} of {length} bytes came')
             return
         self.server.work(self.connection)
         try:
