@@ -39,8 +39,9 @@ _LOOK: Final = (0.5, 0.05, 30.0)
 _AGAIN: Final = 10.0
 _MISCONFIGURED: Final = 60.0
 #: Seconds until a job is tried again that this builder, or the repository,
-#: has no room for. Its file is fetched and converted anew.
-_NO_ROOM: Final = 300.0
+#: has no room for: a multiple of what the attempt took, as the image's file
+#: is fetched and converted anew each time.
+_NO_ROOM: Final = (30.0, 2.0, 300.0)
 #: Errors that say nothing of the image: of a store, a service, or what lies
 #: between.
 _PASSING: Final = (exception.Unavailable, exception.NotFound,
@@ -192,6 +193,7 @@ class Case(abc.ABC):
                              f'their logs')
             return None
         book.begin()
+        begun = time.monotonic()
         LOG.info('image %s: attempt %d of %d', image.image_id, book.attempts,
                  cap)
         try:
@@ -204,7 +206,8 @@ class Case(abc.ABC):
         except exception.Busy as error:
             return self._given_up(image, book, error)
         except exception.NoSpace as error:
-            return self._crowded(image, book, error)
+            return self._crowded(image, book, error,
+                                 time.monotonic() - begun)
         except exception.ConfigError as error:
             return self._misconfigured(image, book, error)
         except (exception.Invalid, exception.Exists) as error:
@@ -250,7 +253,7 @@ class Case(abc.ABC):
         return 0 if self._claim.cancel.is_set() else _AGAIN
 
     def _crowded(self, image: images.Image, book: logbooks.Logbook,
-                 error: exception.NoSpace) -> float:
+                 error: exception.NoSpace, took: float) -> float:
         """There is no room, whoever took it; another builder may have some.
 
         One image's share is bounded (:meth:`_copy_limit`). What waits must
@@ -262,7 +265,10 @@ class Case(abc.ABC):
         staging.drop_file(self._tools.workdir, image.image_id)
         book.take_back()
         self._put_off(image, book, f'no room: {error}')
-        return 0 if self._claim.cancel.is_set() else _NO_ROOM
+        if self._claim.cancel.is_set():
+            return 0
+        least, times, most = _NO_ROOM
+        return min(max(least, times * took), most)
 
     def _copy_limit(self) -> int:
         """Bytes on disk that the raw copy of an image may take.

@@ -132,12 +132,19 @@ def test_no_room_is_not_the_images_fault(tmp_path):
         stage.image.write_bytes(b'x' * 100)
         (stage.image.parent / 'image.part').write_bytes(b'x')
         (stage.image.parent / 'capture').write_bytes(b'x')
-    assert one.run() == 300
+    assert one.run() == 30
     assert (one.book.attempts, one.book.wait, one.failed) == (2, 0, [])
     assert one.noted == [('queued', 'no room: the disk is full')]
     # What waits takes none.
     assert [path.name for path in stage.image.parent.iterdir()
             ] == ['capture']
+
+
+@pytest.mark.parametrize('took, wait', [(1, 30), (20, 40), (3600, 300)])
+def test_what_is_large_is_tried_less_often(tmp_path, took, wait):
+    """Where there is no room, and where there is again, soon."""
+    one = Attempt(tmp_path, FULL)
+    assert one.case._crowded(WHOLE, one.book, FULL, took) == wait
 
 
 def test_no_room_and_another_has_the_job(tmp_path):
@@ -288,5 +295,5 @@ def test_nothing_is_begun_where_no_image_can_be_registered(tmp_path):
     one.case._registry.find = lambda image_id: None
     one.case._registry.repository = types.SimpleNamespace(
         state=lambda: types.SimpleNamespace(version=version))
-    assert one.run() == 300
+    assert one.run() == 30
     assert 'move to a new repository' in one.noted[0][1]
