@@ -295,9 +295,12 @@ class Images:
                     '[glance] region_name and valid_interfaces')
             # Some catalogs name the version, most do not.
             base = re.sub(r'/v2(\.\d+)?/?$', '', endpoint).rstrip('/')
+            # The adapter's own sets no rate, but holds requests up until
+            # the time at which it was made: an hour, if the clock was wrong
+            # by one and was set back (keystoneauth1 5.18, _fair_semaphore).
             response: requests.Response = self._adapter.request(
                 path, method, endpoint_override=base, raise_exc=False,
-                **options)
+                rate_semaphore=contextlib.nullcontext(), **options)
             return response
         except (ks_exception.ClientException,
                 requests.RequestException) as error:

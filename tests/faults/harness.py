@@ -296,8 +296,11 @@ class Lab:
             # Neutron's agent sleeps until its last look is over by the
             # clock: an hour, if that is set back by one (29,
             # ovs_neutron_agent.py, loop_count_and_wait).
+            # So does nova-compute, if it renewed its access to Placement
+            # meanwhile (keystoneauth1 5.18, FairSemaphore).
             for host in self.hosts:
                 self.user.sandbox('restart', f'neutron-ovs@{host}')
+                self.user.sandbox('restart', f'nova-compute@{host}')
             # Nova takes a host for down that was last heard of at a time
             # to come.
             self.user.wait(self._all_up, RECOVERY, 'all hosts to be up')

@@ -5,9 +5,11 @@ import contextlib
 import os
 import socket
 import threading
+import time
 
 import brokers
 import pytest
+from keystoneauth1 import _fair_semaphore
 from oslo_config import cfg
 
 pytest.importorskip('glance')
@@ -247,6 +249,15 @@ def test_list_that_breaks_off(glance, cutter, monkeypatch):
     proxy.close()
     with pytest.raises(exception.Unavailable):
         list(listing)
+
+
+def test_a_clock_that_was_ahead(glance, image_id, monkeypatch):
+    with monkeypatch.context() as patch:
+        now = time.time
+        patch.setattr(time, 'time', lambda: now() + 3600)
+        found = client(glance.url)
+    monkeypatch.setattr(_fair_semaphore.time, 'sleep', pytest.fail)
+    assert found.get(image_id).image_id == image_id
 
 
 def test_nobody_there():
