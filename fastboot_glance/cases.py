@@ -77,13 +77,18 @@ class Tools:
 
 
 class Case(abc.ABC):
-    """One job in hands."""
+    """One job in hands.
+
+    :ivar unable: this builder began it, and has no room for it or is not
+        configured for it.
+    """
 
     def __init__(self, claim: jobs.Claim, tools: Tools) -> None:
         self._claim = claim
         self._tools = tools
         self._registry = tools.registry
         self._options = tools.conf.builder
+        self.unable = False
 
     def work(self) -> float | None:
         """Do what is to be done.
@@ -260,6 +265,7 @@ class Case(abc.ABC):
         not keep others from being built.
         """
         LOG.error('image %s is put off: %s', image.image_id, error)
+        self.unable = True
         if self._claim.lost:
             return _AGAIN
         staging.drop_file(self._tools.workdir, image.image_id)
@@ -283,6 +289,7 @@ class Case(abc.ABC):
                        error: exception.ConfigError) -> float:
         """This builder cannot do it at all; another may."""
         LOG.error('image %s is left to others: %s', image.image_id, error)
+        self.unable = True
         book.take_back()
         self._put_off(image, book, f'a builder is misconfigured: {error}')
         return _MISCONFIGURED

@@ -297,3 +297,49 @@ def test_nothing_is_begun_where_no_image_can_be_registered(tmp_path):
         state=lambda: types.SimpleNamespace(version=version))
     assert one.run() == 30
     assert 'move to a new repository' in one.noted[0][1]
+
+
+@pytest.mark.parametrize('error', [FULL, exception.ConfigError('no KVM')])
+def test_others_come_before_what_cannot_be_done_here(
+        tmp_path, monkeypatch, error):
+    """Each try takes longer than it is put off for."""
+    now, built = [0.0], []
+    monkeypatch.setattr(worker, 'time', types.SimpleNamespace(
+        monotonic=lambda: now[0]))
+    board = [types.SimpleNamespace(uuid=f'u{number}', **vars(job('', name)))
+             for number, name in enumerate(['large'] * 3 + ['small'])]
+
+    def work(case):
+        one = case._claim.job
+        if one.image_id == 'small':
+            built.append(now[0])
+            board.remove(one)
+            return None
+        now[0] += 1000
+        attempt = Attempt(tmp_path, error)
+        wait = attempt.run()
+        case.unable = attempt.case.unable
+        return wait
+
+    monkeypatch.setattr(cases.Build, 'work', work)
+    tools = types.SimpleNamespace(
+        registry=None, conf=types.SimpleNamespace(builder=None),
+        books=types.SimpleNamespace(remove=lambda uuid: None),
+        board=types.SimpleNamespace(
+            jobs=lambda: list(board), claim=lambda one, who: Held(one)))
+    mine = worker.Worker(lambda: tools, 1)
+    for _ in range(6):
+        mine._turn(tools)
+    assert built == [3000]
+    assert mine._unable == {'u0', 'u1', 'u2'}
+    del board[1:]
+    mine._turn(tools)
+    assert mine._unable == {'u0'}
+
+
+class Held(Claim):
+    """A claim of some job."""
+
+    def __init__(self, one):
+        super().__init__([])
+        self.job, self.finish = one, lambda: None
