@@ -106,6 +106,7 @@ class Case(abc.ABC):
 
     def _look(self) -> float | None:
         job, tools = self._claim.job, self._tools
+        self._check_repository()
         try:
             image = tools.glance.get(job.image_id)
             if image.status != 'active':
@@ -124,6 +125,17 @@ class Case(abc.ABC):
                 staging.remove(tools.workdir, job.image_id)
                 return None
             raise
+
+    def _check_repository(self) -> None:
+        """See that the journal can be read: if not, it is not this image's
+        fault.
+
+        :raises Unavailable: it cannot.
+        """
+        try:
+            self._registry.repository.state()
+        except exception.Corrupt as error:
+            raise exception.Unavailable(f'the repository: {error}') from error
 
     @abc.abstractmethod
     def _consider(self, image: images.Image) -> float | None:
@@ -301,8 +313,9 @@ class Build(Case):
     def _consider(self, image: images.Image) -> float | None:
         job = self._claim.job
         book = self._tools.books.open(job)
-        # An attempt that was not finished may have more to say.
-        if book.done or not (job.force or book.attempts):
+        # An attempt that was not finished may have more to say; a look that
+        # failed counts as one, and has not.
+        if book.done or not (job.force or book.attempts and book.begun):
             found = self._registry.find(job.image_id)
             if found:
                 self._registry.settle(image, found)
@@ -408,8 +421,9 @@ class Bake(Case):
             return None
         book = tools.books.open(self._claim.job)
         # An attempt that was not finished may have more to say.
+        unfinished = book.attempts and book.begun
         if book.done or not (tools.bakes.look(image, found)
-                             or book.attempts and tools.bakes.wishes(image)):
+                             or unfinished and tools.bakes.wishes(image)):
             staging.remove(tools.workdir, image.image_id)
             return None
         return self._attempt(image, book)

@@ -78,6 +78,7 @@ class Book:
 
     def __init__(self):
         self.attempts, self.wait, self.done = 2, 0, False
+        self.begun = False
 
     def begin(self):
         self.attempts += 1
@@ -183,6 +184,7 @@ class Looks:
             books=types.SimpleNamespace(open=lambda job: self.book),
             registry=types.SimpleNamespace(
                 gone=lambda image_id: None, find=fail,
+                repository=types.SimpleNamespace(state=lambda: None),
                 stuck=lambda image_id, words: self.stuck.append(words)),
             conf=types.SimpleNamespace(builder=types.SimpleNamespace(
                 attempts=3, retry_wait=1, wait_active=3600)))
@@ -231,6 +233,34 @@ def test_what_is_not_the_jobs_fault_is_not_counted(tmp_path, error):
     with pytest.raises(type(error)):
         one.work()
     assert (one.book.attempts, one.stuck) == (0, [])
+
+
+@pytest.mark.parametrize('kind', [cases.Build, cases.Bake])
+def test_a_journal_that_is_not_trusted_is_no_images_fault(tmp_path, kind):
+    words = 'journal entry 7 is not signed'
+
+    def state():
+        raise exception.Corrupt(words)
+
+    one = Looks(tmp_path, exception.Corrupt(words), kind)
+    one.case._registry.repository.state = state
+    for _ in range(9):
+        with pytest.raises(exception.Unavailable, match=words):
+            one.work()
+    assert (one.book.attempts, one.stuck) == (0, [])
+
+
+@pytest.mark.parametrize('begun', [False, True])
+def test_a_look_that_failed_builds_nothing_anew(tmp_path, begun):
+    one, did = Looks(tmp_path, ValueError('a bug')), []
+    one.work()
+    one.book.begun = begun
+    one.case._registry.find = lambda image_id: 'registered'
+    one.case._registry.settle = lambda *_: did.append('settled')
+    one.case._have_baked = lambda image: False
+    one.case._attempt = lambda *_: did.append('built')
+    assert one.work() is None
+    assert did == ['built' if begun else 'settled']
 
 
 def test_who_is_not_in_glance_has_no_job(tmp_path):
