@@ -227,6 +227,11 @@ class Case(abc.ABC):
                                  time.monotonic() - begun)
         except exception.ConfigError as error:
             return self._misconfigured(image, book, error)
+        except source.CopyTooLarge as error:
+            # A limit that nobody set is this builder's; another may have
+            # a larger disk.
+            self._end(image, str(error), not self._options.copy_limit)
+            return None
         except (exception.Invalid, exception.Exists) as error:
             self._end(image, str(error))
             return None

@@ -16,7 +16,9 @@ OPTS = [
              'nothing. An image with more is refused; a small file can hold '
              'terabytes, and no other image would be built meanwhile. 0: '
              'the size of the file system of "workdir", divided by the '
-             'workers here, of builds and of bakes, and one.'),
+             'workers here, of builds and of bakes, and one; another builder '
+             'may have a larger one, so the image is tried again after '
+             '"error_hours".'),
     cfg.IntOpt(
         'workers', default=1, min=1, max=64,
         help='Images that this builder builds at a time. Each needs the '

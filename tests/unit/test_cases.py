@@ -17,7 +17,7 @@ from test_bakes import HERE, OTHER
 from test_eligibility import IMAGE
 
 from fastboot_common import exception, journal
-from fastboot_glance import cases, logbooks, staging, worker
+from fastboot_glance import cases, logbooks, source, staging, worker
 
 
 def job(platform, image_id=IMAGE.image_id):
@@ -163,6 +163,14 @@ def test_no_room_and_another_has_the_job(tmp_path):
     (exception.CommandFailed(['qemu-img'], -9, 'too long'), False)])
 def test_whose_fault_an_error_is(tmp_path, error, passing):
     one = Attempt(tmp_path, error)
+    assert one.run() is None
+    assert one.failed == [passing]
+
+
+@pytest.mark.parametrize('limit, passing', [(0, True), (3, False)])
+def test_another_builder_may_have_a_larger_disk(tmp_path, limit, passing):
+    one = Attempt(tmp_path, source.CopyTooLarge('too large'))
+    one.case._options.copy_limit = limit
     assert one.run() is None
     assert one.failed == [passing]
 
