@@ -206,8 +206,9 @@ class Case(abc.ABC):
             return book.wait
         cap = self._options.attempts
         if book.attempts >= cap:
+            # Of a power cut, perhaps, or while the database was away.
             self._end(image, f'builders died in each of {cap} attempts; see '
-                             f'their logs')
+                             f'their logs', passing=True)
             return None
         book.begin()
         begun = time.monotonic()

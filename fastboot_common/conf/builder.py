@@ -33,7 +33,8 @@ OPTS = [
         'error_hours', default=6.0, min=0,
         help='Hours after which the audit has an image in error tried again, '
              'if it was not the image\'s fault: Glance, its store or the '
-             'repository failed. 0: never.'),
+             'repository failed, builders died, or the disk of one was too '
+             'small. 0: never.'),
     cfg.IntOpt(
         'retry_wait', default=30, min=0,
         help='Seconds between the first two attempts. It doubles with each '

@@ -167,6 +167,13 @@ def test_whose_fault_an_error_is(tmp_path, error, passing):
     assert one.failed == [passing]
 
 
+def test_builders_may_have_died_of_anything(tmp_path):
+    one = Attempt(tmp_path, FULL)
+    one.book.attempts = 3
+    assert one.run() is None
+    assert one.failed == [True]
+
+
 @pytest.mark.parametrize('limit, passing', [(0, True), (3, False)])
 def test_another_builder_may_have_a_larger_disk(tmp_path, limit, passing):
     one = Attempt(tmp_path, source.CopyTooLarge('too large'))
