@@ -159,6 +159,8 @@ class _Work:
         self._draft = draft
         self._progress = progress or (lambda count: None)
         self._writers: list[pack.PackWriter] = []
+        #: Digests of packs that cannot be read.
+        self._unread: set[str] = set()
         self._refs: list[pack.PackRef] = []
         self._parts: list[extents.Extents] = []
         self._boot_digests: list[tuple[int, bytes]] = []
@@ -220,7 +222,8 @@ class _Work:
     def _prove(self, data: bytes, digest: str) -> None:
         """Whatever went wrong in index or map: it is not registered.
 
-        :raises Corrupt: a pack is damaged.
+        A known pack may have been damaged since: without it, the work can be
+        done.
         """
         writers = dict(zip((ref.digest for ref in self._refs),
                            self._writers, strict=True))
@@ -234,9 +237,11 @@ class _Work:
             made = manifest.Manifest.unpack(data, digest)
             if content_root(made, load) == made.root:
                 return
-        except exception.Corrupt:
+        except exception.UNREADABLE as error:
             if not self._remembered:
                 raise
+            LOG.warning('image %s: %s', self._draft.image_id, error)
+            self._repository.state()  # or is it the whole store?
         self._index.discard()
         raise _Repeat('the index of known blocks was wrong')
 
@@ -251,9 +256,16 @@ class _Work:
     def _catch_up(self, state: journal.State) -> None:
         # Nothing new is to need a pack that is on its way out.
         lacking = self._index.keep(state.packs.keys() - state.retired.keys())
-        refs = self._repository.pack_refs(state, lacking)
+        refs = self._repository.pack_refs(state, lacking - self._unread)
         for _, ref in sorted(refs.items()):
-            self._index.add(self._repository.pack_index(ref))
+            try:
+                self._index.add(self._repository.pack_index(ref))
+            except exception.UNREADABLE as error:
+                LOG.warning('nothing is deduplicated against a pack: %s',
+                            error)
+                self._unread.add(ref.digest)
+                # If the whole store is away, nothing is to be stored twice.
+                self._repository.state()
 
     def _registered(self, state: journal.State) -> bool:
         existing = state.images.get(self._draft.image_id)
@@ -275,7 +287,7 @@ class _Work:
         if gone:
             raise _Repeat(f'{len(gone)} packs were dropped meanwhile')
         others = (state.packs.keys() - state.retired.keys()
-                  - self._index.packs().keys() - ours)
+                  - self._index.packs().keys() - ours - self._unread)
         if not others:
             return
         self._catch_up(state)
@@ -299,8 +311,9 @@ class _Work:
     def _store(self, data: bytes) -> None:
         for ref, writer in zip(self._refs, self._writers, strict=True):
             if writer.path.exists():
+                # The same blocks may make the same pack.
                 self._target.put(store.object_name('packs', ref.digest),
-                                 writer.path)
+                                 writer.path, ref.digest in self._unread)
         self._repository.keep_manifest(data)
 
     # The disk

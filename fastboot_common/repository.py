@@ -223,6 +223,7 @@ class Repository:
         manifests. What a pack in the store says of itself proves nothing.
 
         :param wanted: digests; those that no image needs are left out.
+        :raises Unavailable: the store is away.
         """
         found: dict[str, pack.PackRef] = {}
         images = [*state.images.values(),
@@ -232,9 +233,10 @@ class Repository:
                 break
             try:
                 refs = self.read_manifest(image.manifest).packs
-            except (exception.NotFound, exception.Corrupt) as error:
+            except exception.UNREADABLE as error:
                 LOG.warning('image %s: nothing is deduplicated against it: '
                             '%s', image.image_id, error)
+                self.state()  # or is it the whole store?
                 continue
             for ref in refs:
                 if ref.digest in wanted:

@@ -77,13 +77,18 @@ class Tools:
 
 
 class Case(abc.ABC):
-    """One job in hands."""
+    """One job in hands.
+
+    :ivar unable: this builder began it, and has no room for it or is not
+        configured for it.
+    """
 
     def __init__(self, claim: jobs.Claim, tools: Tools) -> None:
         self._claim = claim
         self._tools = tools
         self._registry = tools.registry
         self._options = tools.conf.builder
+        self.unable = False
 
     def work(self) -> float | None:
         """Do what is to be done.
@@ -101,6 +106,7 @@ class Case(abc.ABC):
 
     def _look(self) -> float | None:
         job, tools = self._claim.job, self._tools
+        self._check_repository()
         try:
             image = tools.glance.get(job.image_id)
             if image.status != 'active':
@@ -119,6 +125,17 @@ class Case(abc.ABC):
                 staging.remove(tools.workdir, job.image_id)
                 return None
             raise
+
+    def _check_repository(self) -> None:
+        """See that the journal can be read: if not, it is not this image's
+        fault.
+
+        :raises Unavailable: it cannot.
+        """
+        try:
+            self._registry.repository.state()
+        except exception.Corrupt as error:
+            raise exception.Unavailable(f'the repository: {error}') from error
 
     @abc.abstractmethod
     def _consider(self, image: images.Image) -> float | None:
@@ -189,8 +206,9 @@ class Case(abc.ABC):
             return book.wait
         cap = self._options.attempts
         if book.attempts >= cap:
+            # Of a power cut, perhaps, or while the database was away.
             self._end(image, f'builders died in each of {cap} attempts; see '
-                             f'their logs')
+                             f'their logs', passing=True)
             return None
         book.begin()
         begun = time.monotonic()
@@ -210,6 +228,11 @@ class Case(abc.ABC):
                                  time.monotonic() - begun)
         except exception.ConfigError as error:
             return self._misconfigured(image, book, error)
+        except source.CopyTooLarge as error:
+            # A limit that nobody set is this builder's; another may have
+            # a larger disk.
+            self._end(image, str(error), not self._options.copy_limit)
+            return None
         except (exception.Invalid, exception.Exists) as error:
             self._end(image, str(error))
             return None
@@ -260,6 +283,7 @@ class Case(abc.ABC):
         not keep others from being built.
         """
         LOG.error('image %s is put off: %s', image.image_id, error)
+        self.unable = True
         if self._claim.lost:
             return _AGAIN
         staging.drop_file(self._tools.workdir, image.image_id)
@@ -283,6 +307,7 @@ class Case(abc.ABC):
                        error: exception.ConfigError) -> float:
         """This builder cannot do it at all; another may."""
         LOG.error('image %s is left to others: %s', image.image_id, error)
+        self.unable = True
         book.take_back()
         self._put_off(image, book, f'a builder is misconfigured: {error}')
         return _MISCONFIGURED
@@ -294,8 +319,9 @@ class Build(Case):
     def _consider(self, image: images.Image) -> float | None:
         job = self._claim.job
         book = self._tools.books.open(job)
-        # An attempt that was not finished may have more to say.
-        if book.done or not (job.force or book.attempts):
+        # An attempt that was not finished may have more to say; a look that
+        # failed counts as one, and has not.
+        if book.done or not (job.force or book.attempts and book.begun):
             found = self._registry.find(job.image_id)
             if found:
                 self._registry.settle(image, found)
@@ -401,8 +427,9 @@ class Bake(Case):
             return None
         book = tools.books.open(self._claim.job)
         # An attempt that was not finished may have more to say.
+        unfinished = book.attempts and book.begun
         if book.done or not (tools.bakes.look(image, found)
-                             or book.attempts and tools.bakes.wishes(image)):
+                             or unfinished and tools.bakes.wishes(image)):
             staging.remove(tools.workdir, image.image_id)
             return None
         return self._attempt(image, book)

@@ -109,6 +109,11 @@ class Logbook:
         return int((self.flow.meta or {}).get(_ATTEMPTS, 0))
 
     @property
+    def begun(self) -> bool:
+        """Whether an attempt came as far as the flow."""
+        return self.flow.state is not None
+
+    @property
     def done(self) -> bool:
         """Whether the flow came to its end."""
         return bool(self.flow.state == states.SUCCESS)

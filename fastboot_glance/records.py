@@ -134,6 +134,10 @@ class HostImage:
     leases: int | None = None
 
 
+#: Of an image that servers of the host may or may not need.
+_UNKNOWN: Final = HostImage('stale')
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class HostMicrovm:
     """What a host says of one µVM; the states are those of a report.
@@ -465,16 +469,14 @@ class Records:
     def host_images(self, image_ids: set[str],
                     ) -> dict[str, dict[str, HostImage]]:
         """What each host that is known said last of some images, by the
-        host's name."""
+        host's name. Where that cannot be read, it may have each of them."""
         hosts = tables.HOSTS
         with self._engine.connect().execution_options(
                 yield_per=_AT_ONCE) as connection:
-            return {row.name: {
-                key: image for key, image in _decode(
-                    row.name, row.images).items()
-                if key in image_ids} for row in connection.execute(
-                    sa.select(hosts.c.name, hosts.c.images).order_by(
-                        hosts.c.name))}
+            return {row.name: _some(row.name, row.images, image_ids)
+                    for row in connection.execute(
+                        sa.select(hosts.c.name, hosts.c.images).order_by(
+                            hosts.c.name))}
 
     @_guarded
     def forget_host(self, name: str) -> bool:
@@ -613,7 +615,14 @@ def _encode(images: list[dict[str, Any]]) -> bytes:
 
 def _decode(host: str, blob: bytes) -> dict[str, HostImage]:
     return {key: HostImage(*values)
-            for key, values in _unpack(host, blob).items()}
+            for key, values in (_unpack(host, blob) or {}).items()}
+
+
+def _some(host: str, blob: bytes, wanted: set[str]) -> dict[str, HostImage]:
+    said = _unpack(host, blob)
+    if said is None:
+        return dict.fromkeys(wanted, _UNKNOWN)
+    return {key: HostImage(*said[key]) for key in wanted & said.keys()}
 
 
 def _encode_microvms(found: list[dict[str, Any]] | None) -> bytes | None:
@@ -627,7 +636,7 @@ def _encode_microvms(found: list[dict[str, Any]] | None) -> bytes | None:
 def _decode_microvms(host: str,
                      blob: bytes | None) -> list[HostMicrovm] | None:
     return None if blob is None else [
-        HostMicrovm(*values) for values in _unpack(host, blob)]
+        HostMicrovm(*values) for values in _unpack(host, blob) or ()]
 
 
 def _pack(value: Any) -> bytes:
@@ -639,11 +648,11 @@ def _pack(value: Any) -> bytes:
 
 
 def _unpack(host: str, blob: bytes) -> Any:
-    """What a host said; nothing, if it cannot be read: one host must not
+    """What a host said; None, if it cannot be read: one host must not
     keep the others' from being read."""
     try:
         return json.loads(
             zlib.decompressobj().decompress(blob, IMAGES_LIMIT))
     except (ValueError, zlib.error) as error:
         LOG.warning('host %s: its report cannot be read: %s', host, error)
-        return {}
+        return None

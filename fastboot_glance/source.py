@@ -45,6 +45,10 @@ _SOCKET: Final = 'source.sock'
 _RAW: Final = 'disk.raw'
 
 
+class CopyTooLarge(exception.ImageRejected):
+    """An image's raw copy takes more than `copy_limit`."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Source:
     """An image as raw bytes.
@@ -138,6 +142,7 @@ def open_source(path: pathlib.Path, workdir: pathlib.Path, *,
     :param largest: bytes that the disk may have, whoever said what it has.
     :param copy_limit: bytes on disk that its raw copy may take; None: any.
     :raises ImageRejected: the image may not be used, or is damaged.
+    :raises CopyTooLarge: its raw copy takes more than `copy_limit`.
     :raises NoSpace: no room for the raw copy.
     :raises Busy: cancelled.
     :raises CommandFailed: the conversion took too long.
@@ -242,8 +247,8 @@ class _Copy:
                 cancel: threading.Event) -> None:
         """Write the raw copy.
 
-        :raises ImageRejected: QEMU cannot read the image to its end, or
-            what it holds is too much.
+        :raises ImageRejected: QEMU cannot read the image to its end.
+        :raises CopyTooLarge: what it holds is too much.
         :raises NoSpace: no room for it.
         :raises Busy: cancelled.
         :raises CommandFailed: it took too long.
@@ -284,10 +289,10 @@ class _Copy:
     def _check_limit(self) -> None:
         if self._limit is not None and guest.disk_usage(
                 self._guest) > self._limit:
-            raise self._rejected(
+            raise CopyTooLarge(self._words(
                 f'its data are more than {self._limit} bytes, which [builder] '
                 f'copy_limit, or a share of the disk of [builder] workdir, '
-                f'allows')
+                f'allows'))
 
     def take(self, size: int) -> pathlib.Path:
         """Take the copy out of the sandbox's reach, and return its path."""
@@ -307,5 +312,7 @@ class _Copy:
             guest.Limits(_MEMORY, file_size, cpu_seconds))
 
     def _rejected(self, reason: str) -> exception.ImageRejected:
-        return exception.ImageRejected(
-            f'{self._path.name} ({self._format}): {reason.strip()}')
+        return exception.ImageRejected(self._words(reason))
+
+    def _words(self, reason: str) -> str:
+        return f'{self._path.name} ({self._format}): {reason.strip()}'

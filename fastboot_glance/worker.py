@@ -3,8 +3,9 @@
 ended, and takes the next.
 
 What TaskFlow's own conductors leave to their users is here: claims that run
-out and are extended, oldest job first, a cap on attempts that counts
-builders which died, and waiting for an image without occupying a worker.
+out and are extended, oldest job first unless there is no room for it, a cap
+on attempts that counts builders which died, and waiting for an image without
+occupying a worker.
 """
 
 import os
@@ -47,6 +48,9 @@ class Worker:
         self._claim: jobs.Claim | None = None
         #: When to look at a job again, by its uuid (monotonic seconds).
         self._later: dict[str, float] = {}
+        #: Uuids of jobs that could not be done here. Each try may take long:
+        #: others come first.
+        self._unable: set[str] = set()
         self._thread = threading.Thread(
             target=self._run, name='baker' if platform else 'worker')
 
@@ -86,7 +90,8 @@ class Worker:
         now = time.monotonic()
         self._later = {job.uuid: self._later[job.uuid] for job in found
                        if self._later.get(job.uuid, 0) > now}
-        for job in found:
+        self._unable &= {job.uuid for job in found}
+        for job in sorted(found, key=lambda job: job.uuid in self._unable):
             if job.uuid in self._later or self._stop.is_set() \
                     or not self._is_ours(job, found):
                 continue
@@ -113,7 +118,10 @@ class Worker:
         try:
             with claim:
                 kind = cases.Bake if job.platform else cases.Build
-                wait = kind(claim, tools).work()
+                case = kind(claim, tools)
+                wait = case.work()
+                if case.unable:
+                    self._unable.add(job.uuid)
         except cases.LATER as error:
             LOG.warning('image %s: later: %s', job.image_id, error)
         finally:

@@ -85,6 +85,19 @@ class Synced:
     failed: dict[str, str]
 
 
+@dataclasses.dataclass(frozen=True)
+class Unreadable:
+    """An image in a volume that cannot be opened.
+
+    :ivar words: why.
+    :ivar leases: how many guests read it.
+    """
+
+    domain: str
+    words: str
+    leases: int
+
+
 class Host:
     """The images of one host. Methods may be called from several threads."""
 
@@ -177,6 +190,19 @@ class Host:
     def damaged(self) -> dict[str, str]:
         """By domain, why a volume cannot be opened."""
         return self._look()[1]
+
+    def unreadable(self) -> dict[str, Unreadable]:
+        """The images in volumes that cannot be opened, by id.
+
+        :raises OSError: not even their names can be read.
+        """
+        found = {}
+        for domain, words in self.damaged().items():
+            path = self.path / 'volumes' / domain
+            for name in _names(path / 'images'):
+                found[name] = Unreadable(
+                    domain, words, len(_names(path / 'leases' / name)))
+        return found
 
     def _look(self) -> tuple[list[volume.Volume], dict[str, str]]:
         """:meth:`volumes` and :meth:`damaged` of one moment."""
@@ -716,3 +742,11 @@ def data_blocks(image: manifest.Manifest) -> Iterator[blocks.Blocks]:
     """The blocks of an image that are not zeros, ascending, in pieces."""
     for part in extents.pieces(image.extents, _PIECE):
         yield extents.expand(part)[0]
+
+
+def _names(path: pathlib.Path) -> list[str]:
+    """What is in a directory, without what is not done yet."""
+    try:
+        return [name for name in os.listdir(path) if name[0] != '.']
+    except FileNotFoundError:
+        return []

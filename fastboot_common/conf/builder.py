@@ -16,7 +16,9 @@ OPTS = [
              'nothing. An image with more is refused; a small file can hold '
              'terabytes, and no other image would be built meanwhile. 0: '
              'the size of the file system of "workdir", divided by the '
-             'workers here, of builds and of bakes, and one.'),
+             'workers here, of builds and of bakes, and one; another builder '
+             'may have a larger one, so the image is tried again after '
+             '"error_hours".'),
     cfg.IntOpt(
         'workers', default=1, min=1, max=64,
         help='Images that this builder builds at a time. Each needs the '
@@ -31,7 +33,8 @@ OPTS = [
         'error_hours', default=6.0, min=0,
         help='Hours after which the audit has an image in error tried again, '
              'if it was not the image\'s fault: Glance, its store or the '
-             'repository failed. 0: never.'),
+             'repository failed, builders died, or the disk of one was too '
+             'small. 0: never.'),
     cfg.IntOpt(
         'retry_wait', default=30, min=0,
         help='Seconds between the first two attempts. It doubles with each '

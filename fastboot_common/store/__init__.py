@@ -153,11 +153,14 @@ class WriteStore(ReadStore, Protocol):
         :raises Exists: the name is taken (also if the bytes are the same).
         """
 
-    def put(self, name: str, path: pathlib.Path) -> None:
+    def put(self, name: str, path: pathlib.Path,
+            anew: bool = False) -> None:
         """Make an object of the file at `path`, which may be moved away.
 
         Only for names that say their content; one that is taken is left as
         it is, and `path` too.
+
+        :param anew: what has the name is damaged: replace it, atomically.
         """
 
     def replace(self, name: str, data: bytes) -> None:

@@ -105,7 +105,8 @@ class LocalStore:
             self._link(name, temporary, target)
             self._settle(target)
 
-    def put(self, name: str, path: pathlib.Path) -> None:
+    def put(self, name: str, path: pathlib.Path,
+            anew: bool = False) -> None:
         """See :class:`~fastboot_common.store.WriteStore`.
 
         :raises Invalid: `path` is no regular file that we may read, or the
@@ -116,7 +117,7 @@ class LocalStore:
             raise exception.Invalid(f'{name} does not say its content')
         with self._explained(name):
             self._make_directory(target.parent)
-            if not os.path.lexists(target):
+            if anew or not os.path.lexists(target):
                 self._move(name, path, target)
             else:
                 # Young again: gc spares what someone is about to name.

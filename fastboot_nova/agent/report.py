@@ -67,7 +67,28 @@ class Reporter:
         self.worker = worker.Worker('report', self._step, interval)
 
     def images(self) -> list[dict[str, Any]]:
-        """All images that are registered, or that only this host has."""
+        """All images that are registered, or that only this host has.
+
+        :raises OSError: it cannot be told which.
+        """
+        rows = self._readable()
+        # Later: a volume that the rows lack is still found damaged.
+        unreadable = self._host.unreadable()
+        return [row for row in rows if row['id'] not in unreadable] + [
+            self._unreadable(name, one) for name, one in unreadable.items()]
+
+    def _unreadable(self, name: str, one: host.Unreadable) -> dict[str, Any]:
+        """Its guests need it, perhaps, and whichever serial they have: it
+        must not be collected before the volume is mended."""
+        known = self._host.mirror.state.images.get(name)
+        return {'id': name, 'name': known.name if known else '',
+                'serial': None, 'domain': one.domain, 'state': 'error',
+                'progress': 0.0, 'leases': max(1, one.leases),
+                'pinned': False, 'error': (
+                    f'volume {one.domain} cannot be opened: {one.words}'
+                )[:_WORDS]}
+
+    def _readable(self) -> list[dict[str, Any]]:
         registered = self._host.mirror.state.images
         here = {image.image_id: image.serial for one in self._host.volumes()
                 for image in one.images().values()}

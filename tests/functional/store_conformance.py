@@ -333,6 +333,11 @@ class WriteTests:
         writable.put(PACK, scratch_file(writable, b'another'))
         assert writable.get(PACK) == CONTENT
 
+    def test_put_anew(self, writable):
+        writable.put(PACK, scratch_file(writable, b'damaged'))
+        writable.put(PACK, scratch_file(writable, CONTENT), anew=True)
+        assert writable.get(PACK) == CONTENT
+
     def test_many_put_the_same(self, writable):
         paths = [scratch_file(writable, CONTENT) for _ in range(6)]
         together(lambda n: writable.put(PACK, paths[n]), 6, numbered=True)

@@ -670,6 +670,35 @@ def test_memory(world, parts):
     assert held.bytes == 0 == locked_pages() - before
 
 
+@pytest.mark.parametrize('registered', [True, False])
+def test_what_a_damaged_volume_has_is_reported(world, parts, registered):
+    """Nobody is to collect it, before the volume is mended."""
+    with world.host() as host:
+        host.sync()
+        host.acquire('image-0', 'guest')
+        one, _ = host.find('image-0')
+    if not registered:
+        world.repository.remove('image-0')
+    description = one.path / 'images' / 'image-0'
+    good = description.read_bytes()
+    description.write_text('')
+    found = parts()
+    found.host.sync()
+    row = found.row('image-0')
+    assert (row['state'], row['serial'], row['leases'], row['progress']) == (
+        'error', None, 1, 0)
+    assert f'volume {one.path.name} cannot be opened' in row['error']
+    assert found.row('image-1')['state'] != 'error'
+    description.write_bytes(good)
+    assert parts().row('image-0')['leases'] == 1
+    # Where not even that can be told, nothing is.
+    description.write_text('')
+    (one.path / 'images').rename(one.path / 'away')
+    (one.path / 'images').write_text('')
+    with pytest.raises(OSError):
+        parts().row('image-0')
+
+
 @pytest.mark.parametrize('place', ['slot', 'description'])
 def test_memory_of_a_damaged_volume(world, place):
     """There is none; that of others is locked."""

@@ -322,7 +322,7 @@ def test_qcow2_bomb_where_there_is_room(tmp_path, work, monkeypatch):
 
     monkeypatch.setattr(source._Copy, '_check_limit', spy)
     image = bomb(tmp_path / 'image')
-    with pytest.raises(exception.ImageRejected, match='copy_limit'):
+    with pytest.raises(source.CopyTooLarge, match='copy_limit'):
         with source.open_source(image, work, copy_limit=64 << 20):
             pass
     assert 64 << 20 < told[-1] < 4 << 30
@@ -332,7 +332,7 @@ def test_copy_that_is_done_at_once(tmp_path, content, work, monkeypatch):
     monkeypatch.setattr(source._Copy, '_wait',
                         lambda self, process, *_: process.wait())
     image = make(tmp_path, content, 'qcow2')
-    with pytest.raises(exception.ImageRejected, match='copy_limit'):
+    with pytest.raises(source.CopyTooLarge, match='copy_limit'):
         with source.open_source(image, work, copy_limit=4096):
             pass
     with source.open_source(image, work, copy_limit=SIZE):

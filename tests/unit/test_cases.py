@@ -17,7 +17,7 @@ from test_bakes import HERE, OTHER
 from test_eligibility import IMAGE
 
 from fastboot_common import exception, journal
-from fastboot_glance import cases, logbooks, staging, worker
+from fastboot_glance import cases, logbooks, source, staging, worker
 
 
 def job(platform, image_id=IMAGE.image_id):
@@ -78,6 +78,7 @@ class Book:
 
     def __init__(self):
         self.attempts, self.wait, self.done = 2, 0, False
+        self.begun = False
 
     def begin(self):
         self.attempts += 1
@@ -166,6 +167,21 @@ def test_whose_fault_an_error_is(tmp_path, error, passing):
     assert one.failed == [passing]
 
 
+def test_builders_may_have_died_of_anything(tmp_path):
+    one = Attempt(tmp_path, FULL)
+    one.book.attempts = 3
+    assert one.run() is None
+    assert one.failed == [True]
+
+
+@pytest.mark.parametrize('limit, passing', [(0, True), (3, False)])
+def test_another_builder_may_have_a_larger_disk(tmp_path, limit, passing):
+    one = Attempt(tmp_path, source.CopyTooLarge('too large'))
+    one.case._options.copy_limit = limit
+    assert one.run() is None
+    assert one.failed == [passing]
+
+
 class Looks:
     """A job that is looked at again and again."""
 
@@ -183,6 +199,7 @@ class Looks:
             books=types.SimpleNamespace(open=lambda job: self.book),
             registry=types.SimpleNamespace(
                 gone=lambda image_id: None, find=fail,
+                repository=types.SimpleNamespace(state=lambda: None),
                 stuck=lambda image_id, words: self.stuck.append(words)),
             conf=types.SimpleNamespace(builder=types.SimpleNamespace(
                 attempts=3, retry_wait=1, wait_active=3600)))
@@ -231,6 +248,34 @@ def test_what_is_not_the_jobs_fault_is_not_counted(tmp_path, error):
     with pytest.raises(type(error)):
         one.work()
     assert (one.book.attempts, one.stuck) == (0, [])
+
+
+@pytest.mark.parametrize('kind', [cases.Build, cases.Bake])
+def test_a_journal_that_is_not_trusted_is_no_images_fault(tmp_path, kind):
+    words = 'journal entry 7 is not signed'
+
+    def state():
+        raise exception.Corrupt(words)
+
+    one = Looks(tmp_path, exception.Corrupt(words), kind)
+    one.case._registry.repository.state = state
+    for _ in range(9):
+        with pytest.raises(exception.Unavailable, match=words):
+            one.work()
+    assert (one.book.attempts, one.stuck) == (0, [])
+
+
+@pytest.mark.parametrize('begun', [False, True])
+def test_a_look_that_failed_builds_nothing_anew(tmp_path, begun):
+    one, did = Looks(tmp_path, ValueError('a bug')), []
+    one.work()
+    one.book.begun = begun
+    one.case._registry.find = lambda image_id: 'registered'
+    one.case._registry.settle = lambda *_: did.append('settled')
+    one.case._have_baked = lambda image: False
+    one.case._attempt = lambda *_: did.append('built')
+    assert one.work() is None
+    assert did == ['built' if begun else 'settled']
 
 
 def test_who_is_not_in_glance_has_no_job(tmp_path):
@@ -297,3 +342,49 @@ def test_nothing_is_begun_where_no_image_can_be_registered(tmp_path):
         state=lambda: types.SimpleNamespace(version=version))
     assert one.run() == 30
     assert 'move to a new repository' in one.noted[0][1]
+
+
+@pytest.mark.parametrize('error', [FULL, exception.ConfigError('no KVM')])
+def test_others_come_before_what_cannot_be_done_here(
+        tmp_path, monkeypatch, error):
+    """Each try takes longer than it is put off for."""
+    now, built = [0.0], []
+    monkeypatch.setattr(worker, 'time', types.SimpleNamespace(
+        monotonic=lambda: now[0]))
+    board = [types.SimpleNamespace(uuid=f'u{number}', **vars(job('', name)))
+             for number, name in enumerate(['large'] * 3 + ['small'])]
+
+    def work(case):
+        one = case._claim.job
+        if one.image_id == 'small':
+            built.append(now[0])
+            board.remove(one)
+            return None
+        now[0] += 1000
+        attempt = Attempt(tmp_path, error)
+        wait = attempt.run()
+        case.unable = attempt.case.unable
+        return wait
+
+    monkeypatch.setattr(cases.Build, 'work', work)
+    tools = types.SimpleNamespace(
+        registry=None, conf=types.SimpleNamespace(builder=None),
+        books=types.SimpleNamespace(remove=lambda uuid: None),
+        board=types.SimpleNamespace(
+            jobs=lambda: list(board), claim=lambda one, who: Held(one)))
+    mine = worker.Worker(lambda: tools, 1)
+    for _ in range(6):
+        mine._turn(tools)
+    assert built == [3000]
+    assert mine._unable == {'u0', 'u1', 'u2'}
+    del board[1:]
+    mine._turn(tools)
+    assert mine._unable == {'u0'}
+
+
+class Held(Claim):
+    """A claim of some job."""
+
+    def __init__(self, one):
+        super().__init__([])
+        self.job, self.finish = one, lambda: None

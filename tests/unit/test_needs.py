@@ -7,13 +7,21 @@ import time
 import types
 
 import pytest
+import sqlalchemy as sa
 from disks import BLOCK, disk, make_repository, put, read_back
 from oslo_config import cfg
 
 from fastboot_common import exception, journal, repack, upkeep
 from fastboot_common.cli import repo as cli
 from fastboot_common.conf import opts
-from fastboot_glance import builder, needs, records, reports, upgradecheck
+from fastboot_glance import (
+    builder,
+    needs,
+    records,
+    reports,
+    tables,
+    upgradecheck,
+)
 
 SIZE = 9 * BLOCK
 
@@ -68,6 +76,17 @@ def test_kept_until_the_host_says_otherwise(world, caplog):
     world.say('h1', LACKS | {'progress': 1})
     assert world.collect().images == 1
     assert not world.repository.state().packs
+
+
+def test_kept_while_a_volume_or_a_report_cannot_be_read(world):
+    world.say('h1', {'state': 'error', 'serial': None, 'leases': 1})
+    assert world.collect().kept == 1
+    world.say('h1')
+    with world.records._engine.begin() as connection:
+        connection.execute(sa.update(tables.HOSTS).values(images=b'spoilt'))
+    assert world.collect().kept == 1
+    world.say('h1')
+    assert world.collect().images == 1
 
 
 def test_kept_until_the_host_is_forgotten(world):

@@ -2,6 +2,7 @@
 """Publishing: what is read back is what was published."""
 
 import concurrent.futures
+import hashlib
 import pathlib
 import random
 import resource
@@ -33,6 +34,7 @@ from fastboot_common import (
     trace,
     upkeep,
 )
+from fastboot_common.store.local import LocalStore
 
 
 @pytest.fixture
@@ -291,13 +293,85 @@ def test_nobody_vouches_for_a_pack_that_was_replaced(tmp_path, repo, cache):
     path = repo.store._root / store.object_name('packs', ref.digest)
     right = path.read_bytes()
     replace_pack(repo, ref, tmp_path)
-    with pytest.raises(exception.Corrupt, match=ref.digest):
-        put(repo, tmp_path / cache, 'three', data)
-    assert set(repo.state().images) == {'one', 'two'}
+    more = disk(10 * BLOCK, 2, zeros=0) + data
+    done = put(repo, tmp_path / cache, 'three', more)
+    assert read_back(repo, done.image) == more
+    assert done.new_bytes == len(more)
+    assert path.read_bytes() != right
     path.write_bytes(right)
+    done = put(repo, tmp_path / cache, 'four', disk(
+        5 * BLOCK, 3, zeros=0) + data)
+    assert done.new_bytes == 5 * BLOCK
+
+
+def spoiled(repo, image, harm):
+    """Damage the only pack of an image; its reference and file."""
+    [ref] = repo.read_manifest(image.manifest).packs
+    path = repo.store._root / store.object_name('packs', ref.digest)
+    if harm == 'gone':
+        path.unlink()
+    elif harm == 'replaced':
+        replace_pack(repo, ref, repo.store._root)
+    else:
+        content = bytearray(path.read_bytes())
+        content[ref.index_offset + 40] ^= 1
+        path.write_bytes(content)
+    return ref, path
+
+
+@pytest.mark.parametrize('cache', ['work', 'elsewhere'])
+@pytest.mark.parametrize('harm', ['gone', 'index', 'replaced'])
+def test_the_same_image_mends_a_damaged_pack(tmp_path, repo, cache, harm):
+    data = disk(50 * BLOCK, 1, zeros=0)
+    for image_id in ('one', 'two'):
+        image = put(repo, tmp_path / 'work', image_id, data).image
+    ref, path = spoiled(repo, image, harm)
     done = put(repo, tmp_path / cache, 'three', data)
-    assert read_back(repo, done.image) == data
-    assert done.new_bytes == 0
+    assert hashlib.sha256(path.read_bytes()).hexdigest() == ref.digest
+    for image in (image, done.image):
+        assert read_back(repo, image) == data
+
+
+@pytest.mark.parametrize('harm', ['gone', 'index'])
+def test_a_damaged_pack_does_not_stop_others(tmp_path, repo, caplog, harm):
+    data = disk(50 * BLOCK, 1, zeros=0)
+    for image_id in ('one', 'two'):
+        image = put(repo, tmp_path / 'work', image_id, data).image
+    spoiled(repo, image, harm)
+    for number, cache in enumerate(('work', 'work', 'elsewhere')):
+        caplog.clear()
+        other = disk(20 * BLOCK, 7 + number, zeros=0)
+        done = put(repo, tmp_path / cache, f'other-{number}', other + data[
+            :BLOCK])
+        assert read_back(repo, done.image) == other + data[:BLOCK]
+        assert caplog.text.count('nothing is deduplicated') == 1
+
+
+class Away(LocalStore):
+    """A store whose reads of some kinds fail."""
+
+    kinds = ()
+
+    def _open(self, name):
+        if name.startswith(self.kinds):
+            raise exception.Unavailable(f'{name}: I/O error')
+        return super()._open(name)
+
+
+@pytest.mark.parametrize('kind', ['packs/', 'manifests/'])
+def test_bad_sectors_and_a_store_that_is_away(tmp_path, repo, kind):
+    data = disk(50 * BLOCK, 1, zeros=0)
+    put(repo, tmp_path / 'work', 'one', data)
+    repo.store = Away(repo.store._root)
+    repo.store.kinds = (kind, 'journal/')
+    for cache in ('work', 'elsewhere'):
+        with pytest.raises(exception.Unavailable, match='journal'):
+            put(repo, tmp_path / cache, 'two', data)
+    repo.store.kinds = (kind,)
+    more = disk(10 * BLOCK, 2, zeros=0) + data
+    repo._manifests.clear()
+    done = put(repo, tmp_path / 'elsewhere', 'two', more)
+    assert done.new_bytes == len(more)
 
 
 def test_blocks_of_images_whose_manifest_is_lost(tmp_path, repo):
