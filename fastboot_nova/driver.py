@@ -13,7 +13,6 @@ import os
 import pathlib
 import time
 import types
-from collections.abc import Iterator
 from typing import Any, Final
 
 import nova.conf
@@ -413,7 +412,8 @@ class FastbootLibvirtDriver(driver.LibvirtDriver):
     def _live_migration_operation(
             self, context: Any, instance: Any, dest: str,
             block_migration: bool, migrate_data: Any, guest: Any,
-            device_names: list[str]) -> None:
+            device_names: list[str]) -> Any:
+        """Nova's; returns why it failed, see :func:`_judge`."""
         describe = guest.get_xml_desc
 
         @functools.wraps(describe)
@@ -421,13 +421,32 @@ class FastbootLibvirtDriver(driver.LibvirtDriver):
             return backend.portable(describe(*args, **kwargs))
 
         guest.get_xml_desc = portable
-        own = self._definition(instance, migrate_data, guest)
-        if own:
-            guest.migrate = functools.partial(_migrate, guest, own)
-        with _watched(guest, instance) if own else contextlib.nullcontext():
+        try:
+            own = self._definition(instance, migrate_data, guest)
+            if own:
+                guest.migrate = functools.partial(_migrate, guest, own)
             super()._live_migration_operation(
                 context, instance, dest, block_migration, migrate_data,
                 guest, device_names)
+        except driver.libvirt.libvirtError as error:
+            if not self._stubs(instance):
+                raise
+            # Nova 34 would have the server in ERROR after it has rolled all
+            # back, if this was raised.
+            LOG.error('fastboot: the server stays here, its migration '
+                      'failed: %s', error, instance=instance)
+            return error
+        return None
+
+    def _live_migration_monitor(
+            self, context: Any, instance: Any, guest: Any, dest: str,
+            post_method: Any, recover_method: Any, block_migration: bool,
+            migrate_data: Any, future: Any, disk_paths: list[str]) -> None:
+        if self._stubs(instance):
+            _judge(guest, future)
+        super()._live_migration_monitor(
+            context, instance, guest, dest, post_method, recover_method,
+            block_migration, migrate_data, future, disk_paths)
 
     def _definition(self, instance: Any, migrate_data: Any,
                     guest: Any) -> str | None:
@@ -537,18 +556,20 @@ def _migrate(guest: Any, definition: str, *args: Any, **kwargs: Any) -> None:
     libvirt_guest.Guest.migrate(found, *args, **kwargs)
 
 
-@contextlib.contextmanager
-def _watched(guest: Any, instance: Any) -> Iterator[None]:
-    """While a guest migrates, see that it has when it ends.
+def _judge(guest: Any, future: Any) -> None:
+    """Have a migration's own end say whether the guest has moved.
 
     Nova takes one that ended for one that has moved, and removes its disks.
-    A resumed guest ends when it reboots, and its migration fails then. That
-    is said by the job, and not raised: Nova 34 would have the server in ERROR
-    after it has rolled all back.
+    A resumed guest ends when it reboots: before its migration begins, or
+    while it goes on, which fails then.
+
+    :param future: of the migration; a result is why it failed.
     """
     libvirt = driver.libvirt
-    ask, unless = guest.get_job_info, libvirt.VIR_DOMAIN_JOB_NONE
-    ended = libvirt.VIR_DOMAIN_JOB_NONE, libvirt.VIR_DOMAIN_JOB_COMPLETED
+    ask = guest.get_job_info
+
+    def failed() -> bool:
+        return bool(future.exception() or future.result())
 
     @functools.wraps(ask)
     def get_job_info() -> Any:
@@ -556,24 +577,14 @@ def _watched(guest: Any, instance: Any) -> Iterator[None]:
             info = ask()
         except libvirt.libvirtError:
             # It ends just now.
-            if unless is None:
-                raise
-            info = libvirt_guest.JobInfo(type=unless)
-        if unless is not None and info.type in ended:
-            info.type = unless
+            info = libvirt_guest.JobInfo(type=libvirt.VIR_DOMAIN_JOB_NONE)
+        if info.type == libvirt.VIR_DOMAIN_JOB_COMPLETED:
+            info.type = libvirt.VIR_DOMAIN_JOB_NONE
         return info
 
+    # Where there is no job, Nova waits for the future, and asks this then.
+    guest.is_active = failed
     guest.get_job_info = get_job_info
-    try:
-        yield
-    except BaseException as error:
-        unless = libvirt.VIR_DOMAIN_JOB_FAILED
-        if not isinstance(error, libvirt.libvirtError):
-            raise
-        LOG.error('fastboot: the server stays here, its migration failed: '
-                  '%s', error, instance=instance)
-    else:
-        unless = None
 
 
 def _refusal(host: str) -> str:

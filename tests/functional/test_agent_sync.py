@@ -689,14 +689,16 @@ def test_what_a_damaged_volume_has_is_reported(world, parts, registered):
         'error', None, 1, 0)
     assert f'volume {one.path.name} cannot be opened' in row['error']
     assert found.row('image-1')['state'] != 'error'
-    description.write_bytes(good)
-    assert parts().row('image-0')['leases'] == 1
     # Where not even that can be told, nothing is.
-    description.write_text('')
     (one.path / 'images').rename(one.path / 'away')
     (one.path / 'images').write_text('')
     with pytest.raises(OSError):
         parts().row('image-0')
+    (one.path / 'images').unlink()
+    (one.path / 'away').rename(one.path / 'images')
+    description.write_bytes(good)
+    row = parts().row('image-0')
+    assert (row['serial'], row['leases']) == (1, 1)
 
 
 @pytest.mark.parametrize('place', ['slot', 'description'])

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The driver inside Nova's own code. Needs nova, but no cloud."""
 
+import contextlib
 import os
+import time
 import types
 
 import pytest
@@ -15,6 +17,7 @@ from nova.compute import power_state  # noqa: E402
 from nova.objects import migrate_data  # noqa: E402
 from nova.virt.libvirt import driver as stock  # noqa: E402
 from nova.virt.libvirt import guest as libvirt_guest  # noqa: E402
+from nova.virt.libvirt import migration  # noqa: E402
 
 from fastboot_common.microvm import template  # noqa: E402
 from fastboot_nova import driver, notice, spawn  # noqa: E402
@@ -101,50 +104,83 @@ def test_a_disk_that_nobody_touched_stays(monkeypatch, phase, count):
     assert len(renewed) == count
 
 
-@pytest.mark.parametrize('said, during, failed, done', [
-    # A guest that has rebooted, and that nobody has started yet.
-    ('COMPLETED', 'NONE', 'FAILED', 'COMPLETED'),
-    ('NONE', 'NONE', 'FAILED', 'NONE'),
-    ('UNBOUNDED', 'UNBOUNDED', 'UNBOUNDED', 'UNBOUNDED'),
-    ('CANCELLED', 'CANCELLED', 'CANCELLED', 'CANCELLED')])
-def test_a_guest_that_ended_has_not_moved(monkeypatch, said, during, failed,
-                                          done):
+class Ending(Domain):
+    """Ends after some seconds, and nobody has started it again yet.
+
+    :param moves: whether it migrates then.
+    """
+
+    def __init__(self, seconds, moves):
+        super().__init__(DOMAIN.format('destroy', PORT))
+        self.end, self.moves = time.monotonic() + seconds, moves
+
+    def _run(self):
+        if time.monotonic() > self.end:
+            raise error('not running', stock.libvirt.VIR_ERR_OPERATION_INVALID)
+
+    def isActive(self):
+        return time.monotonic() <= self.end
+
+    def XMLDesc(self, flags):
+        time.sleep(.05)
+        return super().XMLDesc(
+            flags if self.isActive()
+            else stock.libvirt.VIR_DOMAIN_XML_INACTIVE)
+
+    def jobStats(self, flags=0):
+        self._run()
+        return {'type': stock.libvirt.VIR_DOMAIN_JOB_NONE}
+
+    def migrateToURI3(self, destination, params, flags):
+        if not self.moves:
+            self._run()
+        time.sleep(max(0, self.end - time.monotonic()))
+        if not self.moves:
+            raise error('guest reboots', stock.libvirt.VIR_ERR_INTERNAL_ERROR)
+
+
+def error(words, code):
+    made = stock.libvirt.libvirtError(words)
+    made.err = (code, 0, words, 0, '', '', '', 0, 0)
+    return made
+
+
+@pytest.mark.parametrize('seconds, moves, lazy, end', [
+    (0, False, True, 'stays'), (.03, False, True, 'stays'),
+    (.08, False, True, 'stays'), (.5, False, True, 'stays'),
+    (.5, True, True, 'moved'), (.5, True, False, 'moved'),
+    # As Nova has it.
+    (0, False, False, 'moved')])
+def test_a_guest_that_ended_has_not_moved(made, monkeypatch, seconds, moves,
+                                          lazy, end):
+    """Nova's own monitor and operation, around a guest that reboots."""
     libvirt = pytest.importorskip('libvirt')
-    monkeypatch.setattr(stock, 'libvirt', libvirt)
-    kinds = {name: getattr(libvirt, f'VIR_DOMAIN_JOB_{name}')
-             for name in (said, during, failed, done)}
-
-    def guest():
-        return types.SimpleNamespace(get_job_info=lambda: (
-            types.SimpleNamespace(type=kinds[said])))
-
-    one = guest()
-    with driver._watched(one, None):
-        assert one.get_job_info().type == kinds[during]
-    assert one.get_job_info().type == kinds[done]
-    one = guest()
-    with driver._watched(one, None):
-        raise libvirt.libvirtError('guest reboots')
-    assert one.get_job_info().type == kinds[failed]
-
-
-def test_a_guest_that_ends_while_it_is_asked(monkeypatch):
-    libvirt = pytest.importorskip('libvirt')
-    monkeypatch.setattr(stock, 'libvirt', libvirt)
-
-    def end():
-        raise libvirt.libvirtError('connection reset by peer')
-
-    one = types.SimpleNamespace(get_job_info=end)
-    with driver._watched(one, None):
-        assert one.get_job_info().type == libvirt.VIR_DOMAIN_JOB_NONE
-        raise libvirt.libvirtError('guest reboots')
-    assert one.get_job_info().type == libvirt.VIR_DOMAIN_JOB_FAILED
-    one = types.SimpleNamespace(get_job_info=end)
-    with driver._watched(one, None):
-        pass
-    with pytest.raises(libvirt.libvirtError):
-        one.get_job_info()
+    for one in stock, libvirt_guest, migration:
+        monkeypatch.setattr(one, 'libvirt', libvirt)
+    guest = libvirt_guest.Guest(Ending(seconds, moves))
+    made._block_migration_flags = made._live_migration_flags = 0
+    made.active_migrations = {}
+    made._host = types.SimpleNamespace(get_guest=lambda instance: guest)
+    for name, value in (('_is_post_copy_enabled', False), ('_get_vpmems', []),
+                        ('_live_migration_data_gb', 2),
+                        ('live_migration_abort', None),
+                        ('_stubs', {'disk': 'stub'} if lazy else {})):
+        monkeypatch.setattr(made, name, lambda *words, value=value: value)
+    data = migrate_data.LibvirtLiveMigrateData(
+        block_migration=False, serial_listen_addr='10.0.0.2',
+        serial_listen_ports=[], bdms=[], graphics_listen_addr_vnc='10.0.0.2')
+    data._obj_migration = None
+    instance = types.SimpleNamespace(
+        uuid='one', vm_state='active', name='one', image_meta=None,
+        flavor=types.SimpleNamespace(extra_specs={}, vcpus=1),
+        numa_topology=None, resources=None, migration_context=None)
+    ends = []
+    with contextlib.nullcontext() if lazy or moves else pytest.raises(
+            libvirt.libvirtError):
+        made._live_migration(
+            None, instance, 'h2', lambda *words, **more: ends.append('moved'),
+            lambda *words, **more: ends.append('stays'), False, data)
+    assert ends == [end]
 
 
 @pytest.fixture
