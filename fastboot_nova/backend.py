@@ -41,6 +41,8 @@ CONF.register_opts(options.OPTS, group=options.GROUP)
 #: when all of its image is on the host.
 LAZY: Final = 'fastboot:lazy'
 _RETRY_SECONDS: Final = 0.5
+#: Longest that nobody waits after a wait that was in vain.
+_VAIN_SECONDS: Final = 300.0
 _BUSY_SECONDS: Final = 0.05
 
 
@@ -57,6 +59,37 @@ def export_answers(path: pathlib.Path, seconds: float) -> bool:
         LOG.debug('The export %s does not answer: %s', path, error)
         return False
     return True
+
+
+class _Waits:
+    """The waits of all servers for what serves them: agent and export.
+
+    Nova starts the servers of a host that was booted one after the other, and
+    hears no calls meanwhile: what stays away is waited for once, not by each.
+    """
+
+    def __init__(self) -> None:
+        #: Until when nobody waits (monotonic).
+        self._vain = 0.0
+
+    def is_over(self, deadline: float) -> bool:
+        """Whether who has no answer is to give up.
+
+        :param deadline: until when it would wait.
+        """
+        now = time.monotonic()
+        if now < self._vain:
+            return True
+        if now > deadline:
+            self._vain = now + _VAIN_SECONDS
+        return now > deadline
+
+    def answered(self) -> None:
+        """It is worth while to wait again."""
+        self._vain = 0.0
+
+
+_waits = _Waits()
 
 
 def check_enabled() -> None:
@@ -286,7 +319,7 @@ class FastbootQcow2(imagebackend.Qcow2):
     def _write_stub(self, stub: pathlib.Path, link: chain.Link) -> None:
         """Make the stub, or renew one that says something else.
 
-        :raises Unavailable: another's base is in its place.
+        :raises Invalid: another's base is in its place.
         """
         fileutils.ensure_tree(str(stub.parent))
 
@@ -328,12 +361,19 @@ class FastbootQcow2(imagebackend.Qcow2):
                                 'there: %s', stub, error,
                                 instance=self._instance)
                     return stub
-                if time.monotonic() > deadline:
+                if self._is_over(error, deadline):
                     raise nova_exception.InvalidDiskInfo(
                         reason=f'{self.path} lies on {stub}, which is '
                                f'missing and cannot be made: '
                                f'{error}') from error
             time.sleep(_RETRY_SECONDS)
+
+    @staticmethod
+    def _is_over(error: Exception, deadline: float) -> bool:
+        # Other errors are of one image.
+        if isinstance(error, exception.Unavailable):
+            return _waits.is_over(deadline)
+        return time.monotonic() > deadline
 
     @staticmethod
     def _usable(stub: pathlib.Path) -> bool:
@@ -405,11 +445,11 @@ def _put_aside(base: pathlib.Path) -> None:
     Under a name that Nova's cache manager knows, and removes. Who has it open
     keeps it.
 
-    :raises Unavailable: a disk lies on it as it is.
+    :raises Invalid: a disk lies on it as it is.
     """
     for disk in overlay.lying_on(base):
         if overlay.backing_format(disk) != 'qcow2':
-            raise exception.Unavailable(
+            raise exception.Invalid(
                 f'{disk} lies on {base}, which is no stub')
     aside = base.with_name(base.name.removesuffix(overlay.SUFFIX) + '_raw')
     base.rename(aside)
@@ -532,9 +572,11 @@ def check_chain(disk: str, deadline: float = 0) -> None:
         raise nova_exception.InvalidDiskInfo(
             reason=f'{disk}: {error}') from error
     path = pathlib.Path(CONF.fastboot.export_socket)
-    while not link.complete and not export_answers(
-            path, CONF.fastboot.timeout):
-        if time.monotonic() > deadline:
+    while not link.complete:
+        if export_answers(path, CONF.fastboot.timeout):
+            _waits.answered()
+            return
+        if _waits.is_over(deadline):
             raise nova_exception.InvalidDiskInfo(
                 reason=f'{disk}: blocks that are not on this host yet come '
                        f'from {path}, where nobody answers; start '

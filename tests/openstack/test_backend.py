@@ -138,6 +138,7 @@ def place(notices):
                 ('patience', 1.0, 'fastboot')):
             CONF.set_override(name, value, group)
         lockutils.set_defaults(str(path / 'locks'))
+        backend._waits.answered()
         yield types.SimpleNamespace(
             world=world, host=host, agent=agent, instances=instances,
             base=instances / '_base', raw=world.data['image'],
@@ -534,6 +535,53 @@ def test_the_export_is_waited_for(place):
     CONF.set_override('patience', 1.0, 'fastboot')
     with pytest.raises(nova_exception.InvalidDiskInfo, match='nobody'):
         prepare(place, server)
+
+
+def asks(place, monkeypatch, server):
+    """How often a start asks that is in vain: the agent, and the export."""
+    asked = []
+    real = backend.export_answers
+    with monkeypatch.context() as patch:
+        patch.setattr(backend, 'export_answers', lambda *args:
+                      asked.append(args) or real(*args))
+        place.agent.calls.clear()
+        with pytest.raises(nova_exception.InvalidDiskInfo):
+            prepare(place, server)
+    return len(place.agent.calls), len(asked)
+
+
+def test_an_export_that_stays_away_is_waited_for_once(place, monkeypatch):
+    """Nova starts one server of a host that was booted after the other."""
+    one, two = (instance(image_ref='image') for _ in range(2))
+    for server in one, two:
+        spawn(place, image_of(place, server))
+    away = place.export.with_name('away')
+    for _ in range(2):
+        place.export.rename(away)
+        assert asks(place, monkeypatch, one)[1] > 1
+        assert asks(place, monkeypatch, two) == (1, 1)
+        away.rename(place.export)
+        # It answers, so it is waited for again.
+        prepare(place, two)
+    monkeypatch.setattr(backend, '_VAIN_SECONDS', .1)
+    place.export.rename(away)
+    for server in one, two:
+        assert asks(place, monkeypatch, server)[1] > 1
+        time.sleep(.1)
+
+
+def test_an_agent_that_stays_away_is_waited_for_once(place, monkeypatch):
+    one, two = (instance(image_ref='image') for _ in range(2))
+    for server in one, two:
+        spawn(place, image_of(place, server))
+    stub(place).unlink()
+    place.agent.fails = (404, {'error': 'NotHereError'})
+    for _ in range(2):
+        # It answers: another image may be here.
+        assert asks(place, monkeypatch, one)[0] > 1
+    place.agent.fails = (503, {'error': 'the export does not answer'})
+    assert asks(place, monkeypatch, one)[0] > 1
+    assert asks(place, monkeypatch, two) == (1, 0)
 
 
 GUEST = """<domain type='qemu'><name>guest</name><uuid>{}</uuid>
