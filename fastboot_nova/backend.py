@@ -113,11 +113,7 @@ def stub_of(disk: str) -> pathlib.Path | None:
         base = pathlib.Path(found[0])
         is_ours = base.is_absolute() and base.parent == base_directory() \
             and base.name.endswith(overlay.SUFFIX)
-        # An old resized base may have the name; it has no such content. Nor
-        # has what Nova's own driver makes there, in our absence, for a disk
-        # of ours.
-        if is_ours and (not base.exists() or overlay.read_stub(base)
-                        or overlay.backing_format(path) == 'qcow2'):
+        if is_ours and overlay.needs_stub(path, base):
             return base
     except exception.NotFound:
         pass
@@ -125,6 +121,12 @@ def stub_of(disk: str) -> pathlib.Path | None:
         LOG.warning('fastboot: what %s lies on cannot be read, so nothing is '
                     'done for it: %s', disk, error)
     return None
+
+
+def _is_stub(path: pathlib.Path) -> bool:
+    with contextlib.suppress(exception.FastbootError):
+        return overlay.read_stub(path) is not None
+    return False
 
 
 def base_directory() -> pathlib.Path:
@@ -181,10 +183,12 @@ class FastbootQcow2(imagebackend.Qcow2):
         if below and filename in (below.name,
                                   below.name.removesuffix(overlay.SUFFIX)):
             return self.restore(below, image_id)
+        base = base_directory() / filename
         if filename.endswith(overlay.SUFFIX) and not (
-                base_directory() / filename).exists():
-            # The destination of a migration: the disk is not made yet.
-            return self.restore(base_directory() / filename, image_id)
+                _is_stub(base) or (self.exists() and base.exists())):
+            # The destination of a migration: the disk is not made yet. What
+            # Nova's own driver left there is not what it lies on.
+            return self.restore(base, image_id)
         if image_id is None or filename != overlay.base_name(image_id):
             return None
         if self._is_migrating() or (
@@ -465,7 +469,8 @@ def _device(stub: pathlib.Path, link: chain.Link,
     if cache_mode not in ('none', 'directsync'):
         return None
     with contextlib.suppress(exception.FastbootError):
-        device = agent().acquire(link.image_id, stub).device
+        device = agent().acquire(
+            link.image_id, stub, removed=True).device
         if device and device.is_block_device():
             return device
     return None

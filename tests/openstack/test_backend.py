@@ -371,6 +371,16 @@ def test_the_chain_is_explicit(place):
     assert 'backingStore' not in backing_of(place, stock)
 
 
+def test_a_device_of_an_image_that_was_removed(place):
+    image = image_of(place)
+    spawn(place, image)
+    place.agent.calls.clear()
+    backing_of(place, image, 'none')
+    [(path, body)] = place.agent.calls
+    assert path == '/v1/acquire'
+    assert body['removed']
+
+
 def test_complete_images_need_no_export(place):
     spawn(place, image_of(place))
     place.host.hydrate('image')
@@ -449,6 +459,19 @@ def test_a_migrations_destination(place):
                 trusted_certs=None)
     assert overlay.read_backing(pathlib.Path(image.path)) == (
         str(stub(place)), 2 << 20)
+
+
+def test_a_migrations_destination_where_nova_left_a_base(place):
+    """Of a time with its own driver; the stub would have that name."""
+    place.base.mkdir()
+    stub(place).write_bytes(place.raw)
+    image = image_of(place)
+    image.cache(fetch_func=fetch(place, []), context=None,
+                filename=stub(place).name, image_id='image', size=2 << 20,
+                trusted_certs=None)
+    assert overlay.read_stub(stub(place))
+    assert overlay.backing_format(pathlib.Path(image.path)) == 'qcow2'
+    assert content(image.path)[:1 << 20] == place.raw
 
 
 def test_a_stock_servers_live_migration(place):
@@ -748,6 +771,10 @@ def test_an_old_resized_base_is_no_stub(place):
                    timeout=20)
     assert backend.stub_of(image.path) is None
     assert 'backingStore' not in backing_of(place, image)
+    image.cache(fetch_func=fetch(place, []), context=None,
+                filename=stub(place).name, image_id='image', size=2 << 20,
+                trusted_certs=None)
+    assert stub(place).read_bytes() == place.raw
 
 
 def test_unshelve(place):
