@@ -75,10 +75,10 @@ class _Waits:
     def is_over(self, deadline: float) -> bool:
         """Whether who has no answer is to give up.
 
-        :param deadline: until when it would wait.
+        :param deadline: until when it would wait; 0: it only asks.
         """
         now = time.monotonic()
-        if now < self._vain:
+        if now < self._vain or not deadline:
             return True
         if now > deadline:
             self._vain = now + _VAIN_SECONDS

@@ -581,6 +581,9 @@ def test_an_export_that_stays_away_is_waited_for_once(place, monkeypatch):
     away = place.export.with_name('away')
     for _ in range(2):
         place.export.rename(away)
+        # A look is no wait.
+        with pytest.raises(nova_exception.InvalidDiskInfo):
+            backend.check_chain(image_of(place, one).path)
         assert asks(place, monkeypatch, one)[1] > 1
         assert asks(place, monkeypatch, two) == (1, 1)
         away.rename(place.export)
