@@ -201,6 +201,18 @@ def read_stub(path: pathlib.Path) -> Stub | None:
     return Stub(link.volume.parent, start, size, virtual_size, complete)
 
 
+def needs_stub(disk: pathlib.Path, base: pathlib.Path) -> bool:
+    """Whether a disk cannot be read without a stub at its base's name.
+
+    An old resized base may have the name; it has no such content. Nor has
+    what Nova's own driver makes there, in our absence, for a disk of ours.
+
+    :raises NotFound: the disk is not there.
+    """
+    return (not base.exists() or backing_format(disk) == 'qcow2'
+            or read_stub(base) is not None)
+
+
 def follow(stub: pathlib.Path) -> chain.Link:
     """Where the slot under a stub is now, and whether it is complete.
 

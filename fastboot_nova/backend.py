@@ -41,6 +41,8 @@ CONF.register_opts(options.OPTS, group=options.GROUP)
 #: when all of its image is on the host.
 LAZY: Final = 'fastboot:lazy'
 _RETRY_SECONDS: Final = 0.5
+#: Longest that nobody waits after a wait that was in vain.
+_VAIN_SECONDS: Final = 300.0
 _BUSY_SECONDS: Final = 0.05
 
 
@@ -57,6 +59,37 @@ def export_answers(path: pathlib.Path, seconds: float) -> bool:
         LOG.debug('The export %s does not answer: %s', path, error)
         return False
     return True
+
+
+class _Waits:
+    """The waits of all servers for what serves them: agent and export.
+
+    Nova starts the servers of a host that was booted one after the other, and
+    hears no calls meanwhile: what stays away is waited for once, not by each.
+    """
+
+    def __init__(self) -> None:
+        #: Until when nobody waits (monotonic).
+        self._vain = 0.0
+
+    def is_over(self, deadline: float) -> bool:
+        """Whether who has no answer is to give up.
+
+        :param deadline: until when it would wait; 0: it only asks.
+        """
+        now = time.monotonic()
+        if now < self._vain or not deadline:
+            return True
+        if now > deadline:
+            self._vain = now + _VAIN_SECONDS
+        return now > deadline
+
+    def answered(self) -> None:
+        """It is worth while to wait again."""
+        self._vain = 0.0
+
+
+_waits = _Waits()
 
 
 def check_enabled() -> None:
@@ -80,11 +113,7 @@ def stub_of(disk: str) -> pathlib.Path | None:
         base = pathlib.Path(found[0])
         is_ours = base.is_absolute() and base.parent == base_directory() \
             and base.name.endswith(overlay.SUFFIX)
-        # An old resized base may have the name; it has no such content. Nor
-        # has what Nova's own driver makes there, in our absence, for a disk
-        # of ours.
-        if is_ours and (not base.exists() or overlay.read_stub(base)
-                        or overlay.backing_format(path) == 'qcow2'):
+        if is_ours and overlay.needs_stub(path, base):
             return base
     except exception.NotFound:
         pass
@@ -92,6 +121,12 @@ def stub_of(disk: str) -> pathlib.Path | None:
         LOG.warning('fastboot: what %s lies on cannot be read, so nothing is '
                     'done for it: %s', disk, error)
     return None
+
+
+def _is_stub(path: pathlib.Path) -> bool:
+    with contextlib.suppress(exception.FastbootError):
+        return overlay.read_stub(path) is not None
+    return False
 
 
 def base_directory() -> pathlib.Path:
@@ -148,10 +183,12 @@ class FastbootQcow2(imagebackend.Qcow2):
         if below and filename in (below.name,
                                   below.name.removesuffix(overlay.SUFFIX)):
             return self.restore(below, image_id)
+        base = base_directory() / filename
         if filename.endswith(overlay.SUFFIX) and not (
-                base_directory() / filename).exists():
-            # The destination of a migration: the disk is not made yet.
-            return self.restore(base_directory() / filename, image_id)
+                _is_stub(base) or (self.exists() and base.exists())):
+            # The destination of a migration: the disk is not made yet. What
+            # Nova's own driver left there is not what it lies on.
+            return self.restore(base, image_id)
         if image_id is None or filename != overlay.base_name(image_id):
             return None
         if self._is_migrating() or (
@@ -286,7 +323,7 @@ class FastbootQcow2(imagebackend.Qcow2):
     def _write_stub(self, stub: pathlib.Path, link: chain.Link) -> None:
         """Make the stub, or renew one that says something else.
 
-        :raises Unavailable: another's base is in its place.
+        :raises Invalid: another's base is in its place.
         """
         fileutils.ensure_tree(str(stub.parent))
 
@@ -328,12 +365,19 @@ class FastbootQcow2(imagebackend.Qcow2):
                                 'there: %s', stub, error,
                                 instance=self._instance)
                     return stub
-                if time.monotonic() > deadline:
+                if self._is_over(error, deadline):
                     raise nova_exception.InvalidDiskInfo(
                         reason=f'{self.path} lies on {stub}, which is '
                                f'missing and cannot be made: '
                                f'{error}') from error
             time.sleep(_RETRY_SECONDS)
+
+    @staticmethod
+    def _is_over(error: Exception, deadline: float) -> bool:
+        # Other errors are of one image.
+        if isinstance(error, exception.Unavailable):
+            return _waits.is_over(deadline)
+        return time.monotonic() > deadline
 
     @staticmethod
     def _usable(stub: pathlib.Path) -> bool:
@@ -405,11 +449,11 @@ def _put_aside(base: pathlib.Path) -> None:
     Under a name that Nova's cache manager knows, and removes. Who has it open
     keeps it.
 
-    :raises Unavailable: a disk lies on it as it is.
+    :raises Invalid: a disk lies on it as it is.
     """
     for disk in overlay.lying_on(base):
         if overlay.backing_format(disk) != 'qcow2':
-            raise exception.Unavailable(
+            raise exception.Invalid(
                 f'{disk} lies on {base}, which is no stub')
     aside = base.with_name(base.name.removesuffix(overlay.SUFFIX) + '_raw')
     base.rename(aside)
@@ -425,7 +469,8 @@ def _device(stub: pathlib.Path, link: chain.Link,
     if cache_mode not in ('none', 'directsync'):
         return None
     with contextlib.suppress(exception.FastbootError):
-        device = agent().acquire(link.image_id, stub).device
+        device = agent().acquire(
+            link.image_id, stub, removed=True).device
         if device and device.is_block_device():
             return device
     return None
@@ -532,9 +577,11 @@ def check_chain(disk: str, deadline: float = 0) -> None:
         raise nova_exception.InvalidDiskInfo(
             reason=f'{disk}: {error}') from error
     path = pathlib.Path(CONF.fastboot.export_socket)
-    while not link.complete and not export_answers(
-            path, CONF.fastboot.timeout):
-        if time.monotonic() > deadline:
+    while not link.complete:
+        if export_answers(path, CONF.fastboot.timeout):
+            _waits.answered()
+            return
+        if _waits.is_over(deadline):
             raise nova_exception.InvalidDiskInfo(
                 reason=f'{disk}: blocks that are not on this host yet come '
                        f'from {path}, where nobody answers; start '

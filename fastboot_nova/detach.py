@@ -66,8 +66,8 @@ def find(instances: pathlib.Path) -> Iterator[Disk]:
             if not found or not found[0]:
                 continue
             stub = pathlib.Path(found[0])
-            if stub.name.endswith(overlay.SUFFIX) and (
-                    not stub.exists() or overlay.read_stub(stub)):
+            if (stub.name.endswith(overlay.SUFFIX)
+                    and overlay.needs_stub(path, stub)):
                 yield Disk(path, stub)
 
 
@@ -121,15 +121,16 @@ class Detacher:
 
         :raises CommandFailed: qemu-img could not.
 
-        :raises NotFound: its stub is gone.
+        :raises NotFound: its stub is gone; what Nova's own driver made in
+            its place may be another image's.
         :raises NoSpace: the copy has no room.
         :raises Corrupt: the base that is there has other content.
         :raises Unavailable: the guest, or the export, does not let us.
         """
-        if not disk.stub.exists():
+        if not disk.stub.exists() or overlay.read_stub(disk.stub) is None:
             raise exception.NotFound(
-                f'{disk.stub} is not there; start the server once, with '
-                f'agent and driver as they were')
+                f'{disk.stub} is not there, or is no stub; start the server '
+                f'once, with agent and driver as they were')
         self._check_not_rescued(disk)
         domain = self.domain(disk)
         if domain is not None:

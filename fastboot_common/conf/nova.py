@@ -46,7 +46,9 @@ OPTS = [
         help='Seconds that a server whose disk already lies on local blocks '
              'waits until they are here, or the export is that has the rest: '
              'a migration to a host that never saw the image, or a start '
-             'while the agent restarts.'),
+             'while the agent restarts. After one that waited in vain for '
+             'agent or export, others only ask, for five minutes or until '
+             'the export answers.'),
     cfg.BoolOpt(
         'resume', default=True,
         help='Whether new servers are resumed where the host has a µVM of '

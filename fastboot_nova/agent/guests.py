@@ -153,14 +153,15 @@ class Guests:
         """The image that a guest is to have.
 
         :returns: None: what has a slot here already, and is not registered
-            any more under this serial.
+            any more under this serial, or has no boot set here.
         """
         state = self._host.mirror.state
         image = state.images.get(image_id)
         if removed:
             with contextlib.suppress(exception.NotFound):
                 here = self._host.find(image_id)[1]
-                if image is None or here.serial != image.serial:
+                if (image is None or here.serial != image.serial
+                        or not self._host.mirror.ready(image)):
                     return None
         if image is None and removed:
             return _last(state, image_id)

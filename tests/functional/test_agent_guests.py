@@ -282,6 +282,18 @@ def test_not_here(world, host, base):
         one.acquire('name of image', 'nova', str(base / 'stub'))
 
 
+def test_what_is_here_needs_no_boot_set(world, host, base):
+    """The mark is away while an image that was repacked is pulled anew."""
+    one = make(host)
+    stub = str(base / 'stub')
+    first = one.acquire('image', 'nova', stub)
+    (host.mirror.path / 'ready' / 'image').unlink()
+    with pytest.raises(guests.NotHereError):
+        one.acquire('image', 'nova', stub)
+    again = one.acquire('image', 'nova', stub, removed=True)
+    assert (again.link, again.thawed) == (first.link, 0)
+
+
 def test_a_thaw_that_takes_long_goes_on(host, base, monkeypatch):
     gate = threading.Event()
     thaw = host.thaw

@@ -202,6 +202,32 @@ def test_a_stub_that_is_gone(place):
         run(place)
 
 
+def test_what_nova_made_at_a_stubs_name(place):
+    """Its own driver, in our absence; perhaps of another image."""
+    link = overlay.follow(place.stub)
+    before = content(place.disks[1])
+    place.stub.unlink()
+    place.stub.write_bytes(os.urandom(SIZE))
+    assert len(list(detach.find(place.instances))) == 2
+    with pytest.raises(exception.NotFound, match='start the server once'):
+        run(place)
+    # What the driver does then.
+    chain.make_stub(place.stub, link)
+    run(place)
+    assert list(detach.find(place.instances)) == []
+    assert content(place.disks[1]) == before
+
+
+def test_an_old_resized_base_is_no_stub(place):
+    """Nova before Folsom left <sha1>_sm files."""
+    place.stub.write_bytes(place.world.data['image'])
+    for disk in place.disks:
+        subprocess.run(['qemu-img', 'rebase', '-q', '-u', '-f', 'qcow2', '-b',
+                        place.stub, '-F', 'raw', disk], check=True,
+                       timeout=20)
+    assert list(detach.find(place.instances)) == []
+
+
 def test_one_that_is_suspended(place):
     """What libvirt saved of it names the chain."""
     disk = next(iter(detach.find(place.instances)))

@@ -138,6 +138,7 @@ def place(notices):
                 ('patience', 1.0, 'fastboot')):
             CONF.set_override(name, value, group)
         lockutils.set_defaults(str(path / 'locks'))
+        backend._waits.answered()
         yield types.SimpleNamespace(
             world=world, host=host, agent=agent, instances=instances,
             base=instances / '_base', raw=world.data['image'],
@@ -370,6 +371,16 @@ def test_the_chain_is_explicit(place):
     assert 'backingStore' not in backing_of(place, stock)
 
 
+def test_a_device_of_an_image_that_was_removed(place):
+    image = image_of(place)
+    spawn(place, image)
+    place.agent.calls.clear()
+    backing_of(place, image, 'none')
+    [(path, body)] = place.agent.calls
+    assert path == '/v1/acquire'
+    assert body['removed']
+
+
 def test_complete_images_need_no_export(place):
     spawn(place, image_of(place))
     place.host.hydrate('image')
@@ -448,6 +459,19 @@ def test_a_migrations_destination(place):
                 trusted_certs=None)
     assert overlay.read_backing(pathlib.Path(image.path)) == (
         str(stub(place)), 2 << 20)
+
+
+def test_a_migrations_destination_where_nova_left_a_base(place):
+    """Of a time with its own driver; the stub would have that name."""
+    place.base.mkdir()
+    stub(place).write_bytes(place.raw)
+    image = image_of(place)
+    image.cache(fetch_func=fetch(place, []), context=None,
+                filename=stub(place).name, image_id='image', size=2 << 20,
+                trusted_certs=None)
+    assert overlay.read_stub(stub(place))
+    assert overlay.backing_format(pathlib.Path(image.path)) == 'qcow2'
+    assert content(image.path)[:1 << 20] == place.raw
 
 
 def test_a_stock_servers_live_migration(place):
@@ -534,6 +558,56 @@ def test_the_export_is_waited_for(place):
     CONF.set_override('patience', 1.0, 'fastboot')
     with pytest.raises(nova_exception.InvalidDiskInfo, match='nobody'):
         prepare(place, server)
+
+
+def asks(place, monkeypatch, server):
+    """How often a start asks that is in vain: the agent, and the export."""
+    asked = []
+    real = backend.export_answers
+    with monkeypatch.context() as patch:
+        patch.setattr(backend, 'export_answers', lambda *args:
+                      asked.append(args) or real(*args))
+        place.agent.calls.clear()
+        with pytest.raises(nova_exception.InvalidDiskInfo):
+            prepare(place, server)
+    return len(place.agent.calls), len(asked)
+
+
+def test_an_export_that_stays_away_is_waited_for_once(place, monkeypatch):
+    """Nova starts one server of a host that was booted after the other."""
+    one, two = (instance(image_ref='image') for _ in range(2))
+    for server in one, two:
+        spawn(place, image_of(place, server))
+    away = place.export.with_name('away')
+    for _ in range(2):
+        place.export.rename(away)
+        # A look is no wait.
+        with pytest.raises(nova_exception.InvalidDiskInfo):
+            backend.check_chain(image_of(place, one).path)
+        assert asks(place, monkeypatch, one)[1] > 1
+        assert asks(place, monkeypatch, two) == (1, 1)
+        away.rename(place.export)
+        # It answers, so it is waited for again.
+        prepare(place, two)
+    monkeypatch.setattr(backend, '_VAIN_SECONDS', .1)
+    place.export.rename(away)
+    for server in one, two:
+        assert asks(place, monkeypatch, server)[1] > 1
+        time.sleep(.1)
+
+
+def test_an_agent_that_stays_away_is_waited_for_once(place, monkeypatch):
+    one, two = (instance(image_ref='image') for _ in range(2))
+    for server in one, two:
+        spawn(place, image_of(place, server))
+    stub(place).unlink()
+    place.agent.fails = (404, {'error': 'NotHereError'})
+    for _ in range(2):
+        # It answers: another image may be here.
+        assert asks(place, monkeypatch, one)[0] > 1
+    place.agent.fails = (503, {'error': 'the export does not answer'})
+    assert asks(place, monkeypatch, one)[0] > 1
+    assert asks(place, monkeypatch, two) == (1, 0)
 
 
 GUEST = """<domain type='qemu'><name>guest</name><uuid>{}</uuid>
@@ -700,6 +774,10 @@ def test_an_old_resized_base_is_no_stub(place):
                    timeout=20)
     assert backend.stub_of(image.path) is None
     assert 'backingStore' not in backing_of(place, image)
+    image.cache(fetch_func=fetch(place, []), context=None,
+                filename=stub(place).name, image_id='image', size=2 << 20,
+                trusted_certs=None)
+    assert stub(place).read_bytes() == place.raw
 
 
 def test_unshelve(place):
