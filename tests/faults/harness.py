@@ -101,13 +101,14 @@ class Lab:
         """A guest; it begins to look at all of its disk."""
         # Nova itself starts nothing on a host that it has not heard of for a
         # minute; after a jump of the clock that is so until the next word.
+        # Nor on one whose libvirtd was away, until it tries that again.
         self.user.wait(lambda: self.is_up(host), RECOVERY,
                        f'nova-compute on {host} to be heard')
         boot = self.user.boot('fault', image, host, flavor=FLAVOR, prompt='')
         return Guest(boot, self.images[image])
 
     def is_up(self, host: str) -> bool:
-        return any(one.state == 'up' for one in
+        return any((one.state, one.status) == ('up', 'enabled') for one in
                    self.user.cloud.compute.services(
                        binary='nova-compute', host=host))
 
