@@ -251,7 +251,8 @@ def rehearse() -> None:
     randomize(os.urandom(64))
     try:
         os.makedirs(REHEARSAL)
-        for key in keygens(REHEARSAL, 'rehearsal'):
+        key = keygen(REHEARSAL, 'rehearsal')
+        if key:
             key.wait(KEY_SECONDS)
     except (OSError, subprocess.SubprocessError) as error:
         print('rehearsal', error, file=sys.stderr)
@@ -324,24 +325,25 @@ def rename(uuid: str, hostname: str) -> None:
             file.write(os.urandom(512))
 
 
-def begin_keys(hostname: str) -> 'list[subprocess.Popen[bytes]]':
-    """Begin to make host keys, which takes a while; for clients may come
-    before cloud-init does. It makes the kinds that lack: RSA takes seconds.
+def begin_key(hostname: str) -> 'subprocess.Popen[bytes] | None':
+    """Begin to make a host key, which takes a while; for clients may come
+    before cloud-init does. It makes the kinds that lack: each costs a
+    program's start at least, RSA takes seconds.
     """
     remove(SECRETS)
-    return keygens('/etc/ssh', hostname)
+    return keygen('/etc/ssh', hostname)
 
 
-def keygens(directory: str, hostname: str
-            ) -> 'list[subprocess.Popen[bytes]]':
-    """What makes keys in a directory."""
+def keygen(directory: str, hostname: str
+           ) -> 'subprocess.Popen[bytes] | None':
+    """What makes a key in a directory, if anything does."""
     if not shutil.which('ssh-keygen') or not os.path.isdir(directory):
-        return []
-    return [subprocess.Popen(
-        ['ssh-keygen', '-q', '-t', kind, '-N', '', '-C', 'root@' + hostname,
-         '-f', directory + '/ssh_host_' + kind + '_key'],
+        return None
+    return subprocess.Popen(
+        ['ssh-keygen', '-q', '-t', 'ed25519', '-N', '',
+         '-C', 'root@' + hostname,
+         '-f', directory + '/ssh_host_ed25519_key'],
         stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-        for kind in ('ed25519', 'ecdsa')]
 
 
 def interfaces() -> 'list[str]':
@@ -424,7 +426,7 @@ def be_born(port: int, main: 'types.ModuleType', services: 'list[str]',
     """cloud-init for the new server, and the services that were stopped."""
     os.makedirs('/run/cloud-init', exist_ok=True)
     write('/run/cloud-init/enabled', '')
-    # The keys are new already, and clients may have seen them.
+    # A key is new already, and clients may have seen it.
     write(RUNTIME, 'datasource_list: [ ConfigDrive, OpenStack, None ]\n'
                    'ssh_deletekeys: false\n')
     status = stage(main, 'init', '--local')
@@ -462,12 +464,12 @@ def activate(port: int, main: 'types.ModuleType', words: 'list[str]',
     say(port, 'RANDOM')
     time.clock_settime(time.CLOCK_REALTIME, float(clock))
     say(port, 'CLOCK')
-    keys = begin_keys(hostname)
+    key = begin_key(hostname)
     size = int(read('/sys/devices/system/memory/block_size_bytes'), 16)
     wait_for_hardware(int(cpus), blocks + (int(memory) << 20) // size)
     say(port, 'PLUGGED')
     rename(uuid, hostname)
-    for key in keys:
+    if key:
         key.wait(KEY_SECONDS)
     say(port, 'IDENTITY')
     wait_for_links(int(links))

@@ -68,18 +68,16 @@ forget() {
         /var/lib/systemd/network/* /run/systemd/netif/leases/*
 }
 
-keys() {
-    for kind in ed25519 ecdsa; do
-        ssh-keygen -q -t $kind -N '' -C "root@$2" \
-            -f "$1/ssh_host_${kind}_key" </dev/null
-    done
+key() {
+    ssh-keygen -q -t ed25519 -N '' -C "root@$2" \
+        -f "$1/ssh_host_ed25519_key" </dev/null
 }
 
 # Have in memory what a server needs first; as activator.py does.
 rehearse() {
     randomize "$(head -c 64 /dev/urandom | od -An -v -tx1 | tr -d ' \n')"
     mkdir -p /run/fastboot/rehearsal
-    keys /run/fastboot/rehearsal rehearsal
+    key /run/fastboot/rehearsal rehearsal
     rm -rf /run/fastboot/rehearsal
     udevadm trigger --action=change --subsystem-match=block \
         --subsystem-match=memory --subsystem-match=net
@@ -139,7 +137,7 @@ rename() {
     forget
     [ ! -d /var/lib/systemd ] || (umask 077
         head -c 512 /dev/urandom > /var/lib/systemd/random-seed)
-    [ ! -d /etc/ssh ] || keys /etc/ssh "$2"
+    [ ! -d /etc/ssh ] || key /etc/ssh "$2"
 }
 
 services() {

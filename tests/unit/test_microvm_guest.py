@@ -146,11 +146,11 @@ class TestActivator:
 
     def test_order(self, monkeypatch):
         told, done = [], []
-        for name in ('randomize', 'begin_keys', 'wait_for_hardware',
+        for name in ('randomize', 'begin_key', 'wait_for_hardware',
                      'rename', 'wait_for_links', 'be_born'):
             monkeypatch.setattr(
                 activator, name,
-                lambda *args, name=name: done.append(name) or [])
+                lambda *args, name=name: done.append(name))
         monkeypatch.setattr(activator.time, 'clock_settime',
                             lambda clock, now: done.append('clock'))
         monkeypatch.setattr(activator, 'say',
@@ -159,7 +159,7 @@ class TestActivator:
         words = activation.request(str(OTHER), 'a', 1.0).decode().split()[1:]
         main = types.ModuleType('main')
         activator.activate(3, main, words, [], 4, 'x')
-        assert done == ['randomize', 'clock', 'begin_keys',
+        assert done == ['randomize', 'clock', 'begin_key',
                         'wait_for_hardware', 'rename', 'wait_for_links',
                         'be_born']
         assert tuple(told) == activation.STAGES[:5]
