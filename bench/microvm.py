@@ -43,7 +43,7 @@ done"""
 _OWN: Final = {
     'random numbers': (_ENTROPY, 64),
     # cloud-init makes more while we ask.
-    'host keys': ("cut -d' ' -f2 /etc/ssh/ssh_host_e*_key.pub", 2),
+    'host keys': ("cut -d' ' -f2 /etc/ssh/ssh_host_ed25519_key.pub", 1),
     'MACs': ('cat /sys/class/net/e*/address', 1),
     'ids': ('cat /etc/machine-id /sys/class/dmi/id/product_uuid', 2),
 }
