@@ -60,10 +60,10 @@ OPTS = [
              'of the same image are resumed. Then it boots.'),
     cfg.FloatOpt(
         'resume_deadline', default=10.0, min=1, max=300,
-        help='Seconds from the begin of a resume until the guest must have '
-             'an identity of its own. One that has not is thrown away, and '
-             'the server boots from a fresh disk. Raise it where the '
-             'processors of hosts are overcommitted.'),
+        help='Seconds that a resume may take until the guest has an identity '
+             'of its own. Half a second sooner, one that has none is thrown '
+             'away, so that the server boots from a fresh disk by then. '
+             'Raise it where the processors of hosts are overcommitted.'),
 ]
 
 

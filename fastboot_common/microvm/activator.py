@@ -270,6 +270,16 @@ def quiesce() -> None:
     write('/proc/sys/vm/drop_caches', '3')
     rehearse()
     wipe()
+    # Who wakes up gets a name first, which takes 0.9 s and not 1.7 if udev
+    # starts no programs meanwhile for all that was plugged (one processor,
+    # without KVM).
+    announce(False)
+
+
+def announce(now: bool) -> None:
+    """Have udev tell of new hardware now, or later."""
+    run('udevadm', 'control', '--timeout=5',
+        '--start-exec-queue' if now else '--stop-exec-queue')
 
 
 # After it woke up as a server
@@ -472,6 +482,7 @@ def activate(port: int, main: 'types.ModuleType', words: 'list[str]',
     if key:
         key.wait(KEY_SECONDS)
     say(port, 'IDENTITY')
+    announce(True)
     wait_for_links(int(links))
     say(port, 'LINKED')
     be_born(port, main, services, machine)

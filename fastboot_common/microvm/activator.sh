@@ -194,6 +194,7 @@ do
         echo 3 > /proc/sys/vm/drop_caches
         rehearse >/dev/null 2>&1
         wipe
+        udevadm control --timeout=5 --stop-exec-queue
         say QUIET ;;
     ACTIVATE) break ;;
     esac
@@ -208,6 +209,7 @@ plug "$count" $((before + memory * 1048576 / size)) || fail
 say PLUGGED
 rename "$uuid" "$name" || fail
 say IDENTITY
+udevadm control --timeout=5 --start-exec-queue
 links "$links" 2>/dev/null
 say LINKED
 mkdir -p /run/cloud-init

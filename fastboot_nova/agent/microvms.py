@@ -41,6 +41,8 @@ _SUSPECT: Final = frozenset(('take', 'dress', 'load', 'activate', 'wait'))
 _AGAIN: Final = 300.0
 #: Longest that guests who come hold up a copy (seconds).
 _COURTESY: Final = 10.0
+#: In which a server boots whose resume failed (seconds).
+_AFTERMATH: Final = 5.0
 _WORDS: Final = 500
 
 
@@ -178,6 +180,8 @@ class Microvms:
         self._prompt = False
         self._asked: set[str] = set()
         self._suspects: set[str] = set()
+        #: Until then, servers boot whose resume failed (monotonic seconds).
+        self._calm = 0.0
         #: By digest of a manifest: the platform and the content of the
         #: image that it names.
         self._named: dict[str, tuple[str, str]] = {}
@@ -314,7 +318,10 @@ class Microvms:
         :param outcome: one of :data:`remote.OUTCOMES`.
         :raises Invalid: nobody has such a lane.
         """
-        name = self._pool.give_back(token, outcome != remote.FAILED)
+        failed = outcome == remote.FAILED
+        if failed:  # before the keeper makes another lane
+            self._calm = time.monotonic() + _AFTERMATH
+        name = self._pool.give_back(token, not failed)
         self._told.note_resume(outcome == remote.RESUMED, phase, seconds)
         self._note(name, outcome, phase, reason)
 
@@ -676,6 +683,7 @@ class Microvms:
         with self._mutex:
             suspects, self._suspects = self._suspects, set()
         for name in suspects:
+            self._be_polite()
             try:
                 self._artifacts.prove(name)
             except (exception.Corrupt, exception.NotFound) as error:
@@ -712,7 +720,8 @@ class Microvms:
     def _be_polite(self) -> None:
         """Let guests pass that are just coming."""
         deadline = time.monotonic() + _COURTESY
-        while self._busy() and time.monotonic() < deadline:
+        while ((self._busy() or time.monotonic() < self._calm)
+               and time.monotonic() < deadline):
             if not self.keeper.pause(0.05):
                 return
 

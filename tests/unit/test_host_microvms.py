@@ -139,7 +139,8 @@ class Place:
 
 
 @pytest.fixture
-def place(tmp_path):
+def place(tmp_path, monkeypatch):
+    monkeypatch.setattr(microvms, '_AFTERMATH', 0)
     return Place(tmp_path)
 
 
@@ -309,6 +310,26 @@ def test_removed_while_it_is_in_use(place):
     place.one.keep()
     assert not place.artifacts() and not place.lanes()
     assert not os.listdir(place.path / 'microvms' / 'used')
+
+
+def test_who_was_not_resumed_boots_in_peace(place, monkeypatch):
+    """Neither proof nor copies, which take a processor, until then."""
+    place.add('one')
+    place.look()
+    asked = []
+    monkeypatch.setattr(microvms, '_AFTERMATH', 60)
+    monkeypatch.setattr(place.one.keeper, 'pause', lambda seconds:
+                        asked.append(len(place.lanes())) or len(asked) < 4)
+    monkeypatch.setattr(place.one._artifacts, 'prove', lambda name:
+                        asked.append('proof'))
+    place.fail()
+    assert asked == [1, 1, 1, 1, 'proof', 1, 2]
+    assert len(place.lanes()) == 2
+    loan = place.one.take('one', HOLDER)
+    monkeypatch.setattr(place.one, '_calm', 0)
+    place.one.give_back(loan['lane'], 'refused', 'begin', 'pinned', {})
+    place.one.keep()
+    assert len(asked) == 7, 'nothing was tried'
 
 
 def test_another_version(place):

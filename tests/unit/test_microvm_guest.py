@@ -221,6 +221,26 @@ class TestActivator:
         assert [len(ran[0]), *(one[:2] for one in ran[1:])] == [
             64, ('udevadm', 'trigger'), ('udevadm', 'settle')]
 
+    def test_udev_waits_for_the_identity(self, monkeypatch, tmp_path):
+        told = []
+        for name in ('randomize', 'wait_for_hardware', 'wait_for_links',
+                     'be_born', 'rehearse', 'wipe', 'write', 'rename'):
+            monkeypatch.setattr(activator, name, lambda *_: None)
+        monkeypatch.setattr(activator.time, 'clock_settime',
+                            lambda *_: None)
+        monkeypatch.setattr(activator, 'begin_key', lambda name: None)
+        monkeypatch.setattr(activator, 'read', lambda path: '8000000')
+        monkeypatch.setattr(activator, 'run', lambda *words, **_: told.append(
+            words[-1]))
+        monkeypatch.setattr(activator, 'say', lambda port, word, *_:
+                            told.append(word))
+        activator.quiesce()
+        activator.activate(3, types.ModuleType('main'),
+                           ['2', 'u', 'h', '1', '1', '0', '0', '-'], [], 4,
+                           'x')
+        assert told == ['--stop-exec-queue', 'RANDOM', 'CLOCK', 'PLUGGED',
+                        'IDENTITY', '--start-exec-queue', 'LINKED']
+
     @pytest.mark.parametrize('text, count', [
         ('0', 1), ('0-7', 8), ('0,2-3', 4)])
     def test_processors_that_can_come(self, monkeypatch, text, count):

@@ -5,6 +5,7 @@ For the demo, benchmarks and tests, which have openstacksdk; the sandbox
 itself does not import this.
 """
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import hashlib
@@ -27,6 +28,10 @@ PROMPT: Final = 'login:'
 NETWORK: Final = 'private'
 _POLL_SECONDS: Final = 0.1
 _CLI_SECONDS: Final = 900
+#: Ends with the first answer of a guest's agent.
+_ANSWER: Final = (
+    'until virsh -q -c qemu:///system qemu-agent-command --timeout 1 "$0" '
+    '\'{"execute":"guest-ping"}\'; do sleep .1; done >/dev/null 2>&1')
 
 
 class CloudError(Exception):
@@ -187,8 +192,9 @@ class User:
 
         :param host: where; empty: Nova decides.
         :param prompt: what its console says at last; empty: wait for ACTIVE.
-        :param answer: wait for its guest agent, too; its image must have
-            the property ``hw_qemu_guest_agent``.
+        :param answer: wait for its guest agent, too, which may answer
+            before Nova says ACTIVE; `host` is given then, and its image
+            has the property ``hw_qemu_guest_agent``.
         :raises CloudError: it ends in ERROR, or takes too long.
         """
         compute = self.cloud.compute
@@ -203,30 +209,29 @@ class User:
             name=name, image_id=image, flavor_id=flavor_id,
             networks=[{'uuid': network.id}], config_drive=True,
             key_name='sandbox', **more)
-        server = self.wait_active(server.id, seconds)
-        active = time.monotonic() - began
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            answered = pool.submit(self._answered, server.id, host, seconds
+                                   ) if answer else None
+            server = self.wait_active(server.id, seconds)
+            active = time.monotonic() - began
+            came = self._printed(server, prompt, seconds) if prompt else None
+            heard = answered.result() if answered else None
         place = str(server.hypervisor_hostname)
-        signs = {'prompt': lambda: prompt in self.console(server),
-                 'answer': lambda: self._answers(server)}
-        due = [name for name, wanted in (
-            ('prompt', prompt), ('answer', answer)) if wanted]
-        came: dict[str, float] = {}
-        for _ in self._until(seconds, f'{" and ".join(due)} of {name}'):
-            for sign in [one for one in due if one not in came]:
-                if signs[sign]():
-                    came[sign] = time.monotonic() - began
-            if len(came) == len(due):
-                break
-        return Boot(server, active, came.get('prompt'),
+        return Boot(server, active, came and came - began,
                     self.traffic(place) - before[place],
-                    self.driver_log(place, server.id), came.get('answer'))
+                    self.driver_log(place, server.id),
+                    heard and heard - began)
 
-    def _answers(self, server: Any) -> bool:
-        """Whether its guest agent does."""
-        return 'return' in self.inside(
-            server.hypervisor_hostname, 'virsh', '-q', '-c',
-            'qemu:///system', 'qemu-agent-command', '--timeout', '1',
-            server.instance_name, '{"execute":"guest-ping"}', check=False)
+    def _printed(self, server: Any, prompt: str, seconds: float) -> float:
+        """When its console has said something (monotonic seconds)."""
+        self.wait(lambda: prompt in self.console(server), seconds,
+                  f'{prompt!r} of {server.name}')
+        return time.monotonic()
+
+    def _answered(self, server_id: str, host: str, seconds: float) -> float:
+        """When its guest agent has answered (monotonic seconds)."""
+        self.inside(host, 'timeout', seconds, 'sh', '-c', _ANSWER, server_id)
+        return time.monotonic()
 
     def wait_for_microvm(self, image: str, seconds: float = 900) -> None:
         """Wait until an image has a µVM, and every host a lane of it.
