@@ -50,6 +50,8 @@ IMAGE_OBSERVATIONS: Final = 16
 ALL_OBSERVATIONS: Final = 1000
 #: Rows that are in memory at a time, where each may be large.
 _AT_ONCE: Final = 50
+#: Seconds that a report may be overtaken by.
+_OVERTAKEN: Final = 300.0
 #: Seconds that one waits for others.
 _WAIT: Final = 7 * 86400.0
 
@@ -405,8 +407,9 @@ class Records:
         except exception.Invalid as error:
             raise exception.Invalid(
                 f'host {report["host"]}: {error}') from error
+        now = time.time()
         values = {
-            'at': min(float(report['at']), time.time()),
+            'at': min(float(report['at']), now),
             'digest': hashlib.sha256(images).hexdigest(), 'images': images,
             'lazy_guests': json.dumps(report['lazy_guests']),
             'platforms': json.dumps(report['platforms']),
@@ -414,12 +417,15 @@ class Records:
         } | {key: report[key] for key in (
             'version', 'software', 'volume_bytes', 'mirror_bytes',
             'free_bytes')}
-        # Reports may overtake each other. Two statements, each complete by
+        # Reports may overtake each other, not by more than this: clocks are
+        # set back, the host's or ours. Two statements, each complete by
         # itself: SQLite refuses to write after it has read.
+        late = min(values['at'] + _OVERTAKEN, now)
         with self._engine.begin() as connection:
             if connection.execute(sa.update(hosts).where(
                     hosts.c.name == report['host'],
-                    hosts.c.at <= values['at']).values(**values)).rowcount:
+                    sa.or_(hosts.c.at <= values['at'], hosts.c.at > late),
+            ).values(**values)).rowcount:
                 return True
         if self._rows(sa.select(sa.func.count().label('hosts')).select_from(
                 hosts))[0]['hosts'] >= HOSTS_LIMIT:

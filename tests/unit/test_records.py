@@ -135,6 +135,29 @@ def test_clock_ahead_does_not_lock_a_host_out(store):
     assert store.host('h1').version == 5
 
 
+@pytest.mark.parametrize('ahead, version', [(10_000, 5), (30, 5), (-30, 3)])
+def test_our_clock_set_back(store, monkeypatch, ahead, version):
+    """Found by the faults: reports were ignored until it was as late again,
+    and µVMs of a new recipe were not baked for as long."""
+    now = time.time()
+    monkeypatch.setattr(time, 'time', lambda: now + ahead)
+    assert store.note_host(report(at=now + ahead))
+    monkeypatch.setattr(time, 'time', lambda: now)
+    assert store.note_host(report(at=now - 60, version=5)) == (version == 5)
+    assert store.host('h1').version == version
+    assert store.host('h1').at <= now
+
+
+def test_a_hosts_clock_set_back(store):
+    now = time.time()
+    assert store.note_host(report(at=now))
+    assert not store.note_host(report(at=now - 200, version=4))
+    assert store.note_host(report(at=now - 3600, version=5))
+    assert store.host('h1').version == 5
+    assert store.note_host(report(at=now - 3599, version=6))
+    assert store.host('h1').version == 6
+
+
 def test_guests_that_need_the_export(store):
     guests = ['11111111-2222-3333-4444-555555555555']
     for said in (None, [], guests):
