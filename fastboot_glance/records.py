@@ -408,8 +408,9 @@ class Records:
             raise exception.Invalid(
                 f'host {report["host"]}: {error}') from error
         now = time.time()
+        at = min(float(report['at']), now)
         values = {
-            'at': min(float(report['at']), now),
+            'at': at,
             'digest': hashlib.sha256(images).hexdigest(), 'images': images,
             'lazy_guests': json.dumps(report['lazy_guests']),
             'platforms': json.dumps(report['platforms']),
@@ -420,11 +421,11 @@ class Records:
         # Reports may overtake each other, not by more than this: clocks are
         # set back, the host's or ours. Two statements, each complete by
         # itself: SQLite refuses to write after it has read.
-        late = min(values['at'] + _OVERTAKEN, now)
+        late = min(at + _OVERTAKEN, now)
         with self._engine.begin() as connection:
             if connection.execute(sa.update(hosts).where(
                     hosts.c.name == report['host'],
-                    sa.or_(hosts.c.at <= values['at'], hosts.c.at > late),
+                    sa.or_(hosts.c.at <= at, hosts.c.at > late),
             ).values(**values)).rowcount:
                 return True
         if self._rows(sa.select(sa.func.count().label('hosts')).select_from(
