@@ -256,8 +256,10 @@ def _booted(bench: Bench, image: str, answers: int = 0) -> list[Boot]:
 
 #: Seconds that a guest has for its identity, by default.
 _DEADLINE = 10.0
-#: Makes the next guest that runs on a host stand still.
-_SUSPEND = ('for n in $(seq 300); do '
+#: Makes the next guest that runs on a host stand still. It takes no
+#: processor before there is one.
+_SUSPEND = ('virsh event --event lifecycle --timeout 60 >/dev/null; '
+            'for n in $(seq 300); do '
             'for guest in $(virsh list --name --state-running); do '
             'exec virsh suspend "$guest"; done; sleep .1; done; exit 1')
 #: That a host keeps of a µVM, by default.

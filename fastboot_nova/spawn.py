@@ -42,8 +42,8 @@ _BUSY_SECONDS: Final = 0.05
 #: Within which a QEMU is gone that takes no more orders.
 _ENDING_SECONDS: Final = 2.0
 #: Of the deadline, for what comes after a resume in vain: until its machine
-#: is gone and the fresh disk is there. 0.3 to 0.5 were measured.
-_CLEARING_SECONDS: Final = 0.5
+#: is gone and the fresh disk is there. 0.3 to 0.6 were measured.
+_CLEARING_SECONDS: Final = 0.75
 _NEW: Final = '.new'
 
 

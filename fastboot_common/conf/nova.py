@@ -61,7 +61,7 @@ OPTS = [
     cfg.FloatOpt(
         'resume_deadline', default=10.0, min=1, max=300,
         help='Seconds that a resume may take until the guest has an identity '
-             'of its own. Half a second sooner, one that has none is thrown '
+             'of its own. 0.75 seconds sooner, one that has none is thrown '
              'away, so that the server boots from a fresh disk by then. '
              'Raise it where the processors of hosts are overcommitted.'),
 ]
