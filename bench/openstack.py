@@ -254,7 +254,7 @@ def _booted(bench: Bench, image: str, answers: int = 0) -> list[Boot]:
                 for number in range(bench.most)]
 
 
-#: Seconds that a guest has for its identity, by default.
+#: Seconds that a resume may take, by default.
 _DEADLINE = 10.0
 #: Makes the next guest that runs on a host stand still. It takes no
 #: processor before there is one.

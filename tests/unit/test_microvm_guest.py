@@ -221,7 +221,7 @@ class TestActivator:
         assert [len(ran[0]), *(one[:2] for one in ran[1:])] == [
             64, ('udevadm', 'trigger'), ('udevadm', 'settle')]
 
-    def test_udev_waits_for_the_identity(self, monkeypatch, tmp_path):
+    def test_udev_waits_for_the_identity(self, monkeypatch):
         told = []
         for name in ('randomize', 'wait_for_hardware', 'wait_for_links',
                      'be_born', 'rehearse', 'wipe', 'write', 'rename'):
