@@ -171,15 +171,13 @@ class _Resume:
             self._enter('dress')
             self._lane.dress(self._instance)
             undo.callback(_destroy, domain)
-            with _bounded(domain, self._deadline):
-                self._load(domain)
-            with _port(self._connection, domain) as port:
-                port.send(self._request(), _SEND_SECONDS)
-                domain.resume()
-                # The disk has this size; the guest is told. QEMU 10 resizes
-                # nothing before, as its disks are inactive until then.
-                domain.blockResize(template.ROOT, self._spec.disk_size,
-                                   libvirt.VIR_DOMAIN_BLOCK_RESIZE_BYTES)
+            with contextlib.ExitStack() as ports:
+                with _bounded(domain, self._deadline):
+                    self._load(domain)
+                    self._enter('activate')
+                    port = ports.enter_context(
+                        _port(self._connection, domain))
+                    self._wake(domain, port)
                 self._enter('wait')
                 done = Resumed(domain, self._seconds,
                                self._instance.interfaces)
@@ -205,7 +203,15 @@ class _Resume:
             str(self._lane.path), None, libvirt.VIR_DOMAIN_SAVE_PAUSED)
         self._enter('plug')
         self._plug(domain)
-        self._enter('activate')
+
+    def _wake(self, domain: Any, port: '_Port') -> None:
+        """From here on, the guest runs."""
+        port.send(self._request(), _SEND_SECONDS)
+        domain.resume()
+        # The disk has this size; the guest is told. QEMU 10 resizes
+        # nothing before, as its disks are inactive until then.
+        domain.blockResize(template.ROOT, self._spec.disk_size,
+                           libvirt.VIR_DOMAIN_BLOCK_RESIZE_BYTES)
 
     @contextlib.contextmanager
     def _failing(self) -> Iterator[None]:

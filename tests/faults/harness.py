@@ -49,6 +49,8 @@ RECOVERY = 60
 POLL = 0.1
 #: Callers of an agent at the same time.
 CROWD = 50
+#: Where Nova's base images are, whose leases end with them.
+BASES = '/var/lib/nova/instances/_base'
 #: Where fastboot's files are on hosts, and on the node with the repository.
 PLACE = '/var/lib/fastboot/host'
 REPOSITORY = '/var/lib/fastboot/repository'
@@ -398,7 +400,7 @@ def _crowd(lab: Lab) -> Iterator[None]:
     def ask(verb: str, number: int) -> dict[str, Any]:
         return lab.user.ask_agent(host, 'POST', f'/v1/{verb}', {
             'image': images[number % len(images)],
-            'holder': f'crowd-{number}', 'file': f'/gone/{number}'})
+            'holder': f'crowd-{number}', 'file': f'{BASES}/{number}'})
 
     with concurrent.futures.ThreadPoolExecutor(CROWD) as pool:
         answers = list(pool.map(lambda one: ask('acquire', one),
@@ -419,6 +421,24 @@ def _flip(lab: Lab) -> Iterator[None]:
         path = lab.rng.choice(files)
         _flip_bit(lab, path, lab.rng.randrange(max(path.stat().st_size, 1)))
     yield
+
+
+@contextlib.contextmanager
+def _flip_repository(lab: Lab) -> Iterator[None]:
+    """A bit of what all hosts get is another, until it is put right.
+
+    Guests have that block read, and wait for it; nobody takes it.
+    """
+    kept = lab.place(lab.user.layout.control.name, REPOSITORY)
+    files = sorted(path for name in ('packs', 'manifests')
+                   for path in (kept / name).rglob('*') if path.is_file())
+    path = lab.rng.choice(files)
+    content = path.read_bytes()
+    _flip_bit(lab, path, lab.rng.randrange(len(content)))
+    try:
+        yield
+    finally:
+        path.write_bytes(content)
 
 
 def _flip_bit(lab: Lab, path: pathlib.Path, place: int) -> None:
@@ -513,6 +533,7 @@ FAULTS = [
     Fault('clock jumps', _clock),
     Fault('fifty acquires at once', _crowd),
     Fault('a bit of the mirror flipped', _flip),
+    Fault('a bit of the repository flipped', _flip_repository),
     Fault('a bit of the volume flipped, and repaired', _rot),
     Fault('a server comes while the agent is away', _come_and_go),
 ]
@@ -593,9 +614,25 @@ def settle(lab: Lab) -> dict[str, int]:
             name.endswith(('.tmp', '.new', '.part'))
             for _, _, names in os.walk(lab.place(host))
             for name in names)
+        with contextlib.suppress(CloudError):  # the number says it
+            lab.user.wait(lambda host=host: not idle_leases(lab, host), 120,
+                          'leases to end')
+        left[f'{host}: leases'] = idle_leases(lab, host)
     work = lab.user.layout.home(lab.user.layout.control) / 'fastboot/work'
     left['builder: work'] = sum(path.is_file() for path in work.rglob('*'))
     return left
+
+
+def idle_leases(lab: Lab, host: str) -> int:
+    """Leases on a host of those who are gone.
+
+    Nova keeps its base images after the last server, and theirs with them.
+    """
+    place = lab.place(host)
+    root = str(place).removesuffix(PLACE)
+    files = [json.loads(path.read_bytes())['file'] for path in
+             place.glob('volumes/*/leases/*/*')]
+    return sum(not os.path.lexists(root + file) for file in files)
 
 
 def report(table: result.Table, toll: Toll, left: dict[str, int],

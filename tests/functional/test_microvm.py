@@ -46,6 +46,7 @@ from fastboot_nova.microvm import (  # noqa: E402
 TOOL = pathlib.Path(__file__).parents[2] / 'tools' / 'guest-image'
 GIB = 1 << 30
 MAC = 'fa:16:3e:11:22:33'
+PCAP_HEADER = 24
 #: Of guests without KVM, while other tests run as well.
 PATIENCE = 300
 
@@ -135,10 +136,10 @@ class Server:
         self.name = name
         self.domain = None
 
-    def resume(self, **changes):
+    def resume(self, told=None, **changes):
         done = resume.resume(self.hypervisor, self.lane, resume.Spec(**{
             'xml': self.xml, 'hostname': self.name, 'disk_size': 10 * GIB,
-            'deadline': PATIENCE, **changes}))
+            'deadline': PATIENCE, **changes}), told=told)
         print(self.name, done.seconds)
         self.domain = done.domain
         return done
@@ -148,6 +149,17 @@ class Server:
             self.domain, json.dumps({'execute': command,
                                      'arguments': arguments}), 60, 0)
             )['return']
+
+    def listen(self, path):
+        """Write down each frame between the guest and its network."""
+        domain = self.hypervisor.lookupByName(self.name)
+        path.touch(0o666)
+        path.chmod(0o666)
+        answer = json.loads(libvirt_qemu.qemuMonitorCommand(
+            domain, json.dumps({'execute': 'object-add', 'arguments': {
+                'qom-type': 'filter-dump', 'id': 'wire',
+                'netdev': 'hostnet0', 'file': str(path)}}), 0))
+        assert 'return' in answer, answer
 
     def run(self, script):
         """What a script in the guest prints."""
@@ -305,8 +317,12 @@ def test_cloud_init_waits_for_the_links(servers):
     """Nova raises them when Neutron is ready, which may take longer than
     the guest."""
     one = with_interface(servers('linked'))
-    done = one.resume(linked=False)
+    wire = one.room / 'wire'
+    done = one.resume(linked=False, told=lambda phase: (
+        phase == 'plug' and one.listen(wire)))
     time.sleep(20)
+    assert one.run('cat /sys/class/net/e*/carrier') == '0'
+    assert wire.stat().st_size == PCAP_HEADER, 'nobody spoke'
     assert one.run('ls /run/fastboot') and not one.run(
         'ls /run/cloud-init/enabled /mark 2>/dev/null')
     done.link()
@@ -315,6 +331,7 @@ def test_cloud_init_waits_for_the_links(servers):
         assert time.monotonic() < deadline
         time.sleep(1)
     assert '10.0.2.15' in one.run('ip -4 address')
+    assert wire.stat().st_size > PCAP_HEADER, 'it would have been heard'
     assert not one.run('systemctl --failed --no-legend')
 
 
@@ -396,6 +413,21 @@ def machines(house):
             and f'{house}/root' in line]
 
 
+def test_a_processor_that_this_host_has_not(servers, hypervisor, house):
+    """QEMU takes it, and the guest would hang; libvirt compares before."""
+    one = servers()
+    content = one.lane.path.read_bytes()[:1 << 20]
+    name = b"name='hypervisor'"
+    assert content.count(name) == 1, 'in the cookie'
+    with one.lane.path.open('r+b') as file:
+        file.seek(content.index(name))
+        file.write(b"name='avx512ifma'")
+    with pytest.raises(resume.ResumeFailed, match='avx512ifma') as caught:
+        one.resume()
+    assert caught.value.phase == 'load'
+    nothing_left(hypervisor, house, one)
+
+
 def test_a_machine_that_hangs_while_it_loads(servers, hypervisor, house):
     one = servers()
     stopped = []
@@ -414,6 +446,25 @@ def test_a_machine_that_hangs_while_it_loads(servers, hypervisor, house):
         one.resume(deadline=5)
     thread.join()
     assert stopped and caught.value.phase == 'load'
+    assert time.monotonic() - begun < 60
+    nothing_left(hypervisor, house, one)
+
+
+def test_a_machine_that_hangs_when_it_is_woken(
+        servers, hypervisor, house, monkeypatch):
+    one = servers()
+    request = activation.request
+
+    def stop(*words, **more):
+        [number] = machines(house)
+        os.kill(number, signal.SIGSTOP)
+        return request(*words, **more)
+
+    monkeypatch.setattr(activation, 'request', stop)
+    begun = time.monotonic()
+    with pytest.raises(resume.ResumeFailed) as caught:
+        one.resume(deadline=20)
+    assert caught.value.phase == 'activate'
     assert time.monotonic() - begun < 60
     nothing_left(hypervisor, house, one)
 

@@ -371,6 +371,13 @@ def test_shelve(user, guest):
     guest.wait('ACTIVE', 300)
     guest.goes_on()
     assert guest.is_ours()
+    # What a wrong image_ref breaks is the next migration (bug 1732428).
+    new = guest.other
+    guest.compute.live_migrate_server(guest.id, host=new,
+                                      block_migration='auto')
+    user.wait(lambda: guest.server.status == 'ACTIVE' and guest.host == new,
+              180, 'the migration')
+    guest.goes_on()
     guest.check()
 
 
@@ -438,8 +445,9 @@ def test_a_volume_at_libvirts_level(user, guest):
         extra.unlink()
 
 
-def test_force_delete_with_a_dead_agent(user, guest):
+def test_force_delete_with_a_dead_agent(user, image, guest):
     host = guest.host
+    assert leases(user, host, image)
     user.sandbox('stop', f'fastboot-agent@{host}')
     try:
         guest.compute.delete_server(guest.id, force=True)
@@ -448,8 +456,16 @@ def test_force_delete_with_a_dead_agent(user, guest):
         path = user.home(host)
         user.wait(lambda: not (path / 'nova/instances' / guest.id).exists(),
                   60, 'its disks to go')
+        user.forget_base(host, image)
     finally:
         user.sandbox('start', f'fastboot-agent@{host}')
+    user.wait(lambda: not leases(user, host, image), 120,
+              'the lease to end')
+
+
+def leases(user, host, image):
+    """How many of an image a host has."""
+    return user.ask_agent(host, 'GET', f'/v1/images/{image}')['leases']
 
 
 def test_ephemeral_and_swap(user, start, clean):
@@ -554,9 +570,10 @@ def test_host_reboot(user, guest):
     guest.check()
 
 
-def test_aggregate_cache(user, image, clean):
+def test_aggregate_cache(user, clean, tmp_path):
     """Nova's pre-caching warms our volume, and downloads nothing."""
-    user.forget_base('h1', image)
+    image, _ = big_image(user, clean, tmp_path)
+    assert user.agent_state('h1', image) != 'complete'
     compute = user.cloud.compute
     group = compute.create_aggregate(name='op')
     try:
@@ -617,7 +634,7 @@ def test_a_server_that_wants_its_image_whole(user, other_image, other_disk,
                                 prompt=witness.PROMPT))
     assert boot.log.startswith('hit') and boot.log.endswith('complete')
     guest = Guest(user, boot, other_disk)
-    assert not any('nbd' in layer for layer in guest.chain())
+    assert not is_lazy(guest)
     guest.goes_on()
     guest.check()
 
@@ -666,7 +683,7 @@ def test_independent_at_the_next_start(user, clean, tmp_path):
     """A guest that started lazily, once its image is whole."""
     image, begin = big_image(user, clean, tmp_path)
     guest = begin('h1')
-    assert any('nbd' in layer for layer in guest.chain())
+    assert is_lazy(guest)
     user.wait(lambda: guest.id in lazy_guests(user, 'h1'), 120,
               'the host to name it')
     make_whole(user, image, 'h1')
@@ -674,9 +691,94 @@ def test_independent_at_the_next_start(user, clean, tmp_path):
     time.sleep(1)
     guest.wait('ACTIVE')
     assert guest.is_ours()
-    assert not any('nbd' in layer for layer in guest.chain())
+    assert not is_lazy(guest)
     user.wait(lambda: guest.id not in lazy_guests(user, 'h1'), 120,
               'the host to forget it')
+    guest.goes_on()
+    guest.check()
+
+
+def is_lazy(guest):
+    """Whether what it reads may come over the network."""
+    return any('nbd' in layer for layer in guest.chain())
+
+
+def test_while_blocks_are_missing(user, clean, tmp_path):
+    """Operations on a guest most of whose image is not there yet."""
+    image, begin = big_image(user, clean, tmp_path)
+    guest = begin('h1')
+    compute = guest.compute
+
+    def well():
+        assert guest.is_ours() and is_lazy(guest)
+        assert user.agent_state(guest.host, image) != 'complete'
+        moves(guest)
+
+    for hold, release, status in (('pause', 'unpause', 'PAUSED'),
+                                  ('suspend', 'resume', 'SUSPENDED')):
+        getattr(compute, f'{hold}_server')(guest.id)
+        guest.wait(status)
+        getattr(compute, f'{release}_server')(guest.id)
+        guest.wait('ACTIVE')
+        well()
+    compute.rescue_server(guest.id)
+    guest.wait('RESCUE')
+    compute.unrescue_server(guest.id)
+    guest.wait('ACTIVE')
+    well()
+    for new in 'h2', 'h1':
+        compute.live_migrate_server(guest.id, host=new,
+                                    block_migration='auto')
+        user.wait(lambda there=new: guest.server.status == 'ACTIVE'
+                  and guest.host == there, 180, f'it to come to {new}')
+        well()
+    compute.resize_server(guest.id, compute.find_flavor('m1.small').id)
+    guest.wait('VERIFY_RESIZE')
+    compute.confirm_server_resize(guest.id)
+    guest.wait('ACTIVE')
+    well()
+    compute.rebuild_server(guest.id, image=image)
+    time.sleep(1)
+    guest.wait('ACTIVE')
+    well()
+    # These read all of it.
+    found = clean.image(compute.create_server_image(
+        guest.id, 'lazy', metadata={'fastboot': 'off'}).id)
+    user.wait(lambda: user.cloud.image.get_image(found).status == 'active',
+              180, 'the snapshot')
+    guest.wait('ACTIVE')
+    compute.shelve_server(guest.id)
+    user.wait(lambda: guest.server.status == 'SHELVED_OFFLOADED', 180,
+              'the shelf')
+    compute.unshelve_server(guest.id)
+    guest.wait('ACTIVE', 300)
+    guest.goes_on()
+    assert guest.is_ours()
+    guest.check()
+
+
+@pytest.mark.parametrize('live', [True, False])
+def test_to_a_host_that_lacks_blocks(user, clean, tmp_path, live):
+    """A server whose image is whole where it was, and nowhere else."""
+    image, begin = big_image(user, clean, tmp_path)
+    guest = begin('h1')
+    make_whole(user, image, 'h1')
+    guest.compute.reboot_server(guest.id, 'HARD')
+    time.sleep(1)
+    guest.wait('ACTIVE')
+    assert not is_lazy(guest)
+    assert user.agent_state('h2', image) != 'complete'
+    if live:
+        guest.compute.live_migrate_server(guest.id, host='h2',
+                                          block_migration='auto')
+        user.wait(lambda: guest.server.status == 'ACTIVE'
+                  and guest.host == 'h2', 180, 'the migration')
+    else:
+        guest.compute.migrate_server(guest.id, host='h2')
+        guest.wait('VERIFY_RESIZE')
+        guest.compute.confirm_server_resize(guest.id)
+        guest.wait('ACTIVE')
+    assert guest.host == 'h2' and guest.is_ours() and is_lazy(guest)
     guest.goes_on()
     guest.check()
 
