@@ -7,6 +7,7 @@ without KVM.
 
 import base64
 import contextlib
+import dataclasses
 import json
 import os
 import pathlib
@@ -288,7 +289,7 @@ def test_copies_are_servers_of_their_own(servers, hypervisor, baked):
     assert int(one.run('df --output=size -B1 / | tail -n 1')) > 9 * GIB
     assert one.run('cat /mark') == one.uuid
     # cloud-init made the kinds of keys that lacked, and kept the other.
-    assert one.run('ls /etc/ssh/ssh_host_*_key | wc -l') == '3'
+    assert one.run('ls /etc/ssh/ssh_host_*_key | wc -l') == '2'
     assert MAC in one.run('cat /sys/class/net/*/address')
     assert '10.0.2.15' in one.run('ip -4 address')
     assert one.run('systemctl is-active ssh') == 'active'
@@ -416,12 +417,10 @@ def machines(house):
 def test_a_processor_that_this_host_has_not(servers, hypervisor, house):
     """QEMU takes it, and the guest would hang; libvirt compares before."""
     one = servers()
-    content = one.lane.path.read_bytes()[:1 << 20]
-    name = b"name='hypervisor'"
-    assert content.count(name) == 1, 'in the cookie'
-    with one.lane.path.open('r+b') as file:
-        file.seek(content.index(name))
-        file.write(b"name='avx512ifma'")
+    head = one.lane._head
+    assert "name='hypervisor'" in head.cookie
+    one.lane._head = dataclasses.replace(head, cookie=head.cookie.replace(
+        "name='hypervisor'", "name='avx512ifma'"))
     with pytest.raises(resume.ResumeFailed, match='avx512ifma') as caught:
         one.resume()
     assert caught.value.phase == 'load'
