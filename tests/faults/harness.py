@@ -414,9 +414,7 @@ def _crowd(lab: Lab) -> Iterator[None]:
 def _flip(lab: Lab) -> Iterator[None]:
     """A bit of what a host keeps of the repository is another."""
     host = lab.rng.choice(lab.hosts)
-    kept = lab.place(host) / 'mirror'
-    files = sorted(path for name in ('packs', 'manifests')
-                   for path in (kept / name).rglob('*') if path.is_file())
+    files = _kept(lab.place(host) / 'mirror')
     if files:
         path = lab.rng.choice(files)
         _flip_bit(lab, path, lab.rng.randrange(max(path.stat().st_size, 1)))
@@ -429,16 +427,21 @@ def _flip_repository(lab: Lab) -> Iterator[None]:
 
     Guests have that block read, and wait for it; nobody takes it.
     """
-    kept = lab.place(lab.user.layout.control.name, REPOSITORY)
-    files = sorted(path for name in ('packs', 'manifests')
-                   for path in (kept / name).rglob('*') if path.is_file())
-    path = lab.rng.choice(files)
+    path = lab.rng.choice(_kept(
+        lab.place(lab.user.layout.control.name, REPOSITORY)))
     content = path.read_bytes()
     _flip_bit(lab, path, lab.rng.randrange(len(content)))
     try:
         yield
     finally:
         path.write_bytes(content)
+
+
+def _kept(repository: pathlib.Path) -> list[pathlib.Path]:
+    """What never changes in a repository, or in a host's mirror of one."""
+    return sorted(path for name in ('packs', 'manifests')
+                  for path in (repository / name).rglob('*')
+                  if path.is_file())
 
 
 def _flip_bit(lab: Lab, path: pathlib.Path, place: int) -> None:

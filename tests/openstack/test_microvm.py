@@ -155,11 +155,8 @@ def test_as_it_was_resumed(user, start, clean):
     one = start()
     one.give()
     for _ in range(2):
-        old, new = one.host, one.other
-        one.compute.live_migrate_server(one.id, host=new,
-                                        block_migration='auto')
-        user.wait(lambda there=new: one.server.status == 'ACTIVE'
-                  and one.host == there, 180, f'{old} -> {new}')
+        new = one.other
+        one.migrate_live(new)
         one.goes_on()
         assert one.is_resumed()
         # A reboot there has Nova's machine, too.
@@ -233,10 +230,7 @@ def test_hard_reboot(user, start):
     one.boots_anew(lambda: one.compute.reboot_server(one.id, 'HARD'))
     assert not one.is_resumed()
     one.goes_on()
-    new = one.other
-    one.compute.live_migrate_server(one.id, host=new, block_migration='auto')
-    user.wait(lambda: one.server.status == 'ACTIVE' and one.host == new, 180,
-              'the migration')
+    one.migrate_live(one.other)
     one.goes_on()
 
 

@@ -90,6 +90,14 @@ class Guest:
             self.stop()
         return check_disk(self.user, self.server, self.disk)
 
+    def migrate_live(self, new):
+        """Move while it runs, by copying its disks."""
+        old = self.host
+        self.compute.live_migrate_server(self.id, host=new,
+                                         block_migration='auto')
+        self.user.wait(lambda: self.server.status == 'ACTIVE'
+                       and self.host == new, 180, f'{old} -> {new}')
+
     def chain(self):
         """Names of the layers of its disk, as libvirt has them."""
         text = virsh(self.user, self.host, 'dumpxml',
@@ -225,13 +233,9 @@ def test_cold_migration(guest, end):
     guest.check()
 
 
-def test_live_migration_there_and_back(user, guest):
+def test_live_migration_there_and_back(guest):
     for _ in range(2):
-        old, new = guest.host, guest.other
-        guest.compute.live_migrate_server(guest.id, host=new,
-                                          block_migration='auto')
-        user.wait(lambda there=new: guest.server.status == 'ACTIVE'
-                  and guest.host == there, 180, f'{old} -> {new}')
+        guest.migrate_live(guest.other)
         guest.wait('ACTIVE')
         guest.goes_on()
         assert guest.is_ours()
@@ -240,11 +244,7 @@ def test_live_migration_there_and_back(user, guest):
 
 def test_live_migration_to_a_host_without_the_stub(user, guest, image):
     user.forget_base(guest.other, image)
-    new = guest.other
-    guest.compute.live_migrate_server(guest.id, host=new,
-                                      block_migration='auto')
-    user.wait(lambda: guest.server.status == 'ACTIVE' and guest.host == new,
-              180, 'the migration')
+    guest.migrate_live(guest.other)
     guest.goes_on()
     # And what is not the live domain's, too.
     guest.stop()
@@ -259,11 +259,7 @@ def test_live_migration_with_shared_instances(user, start):
     with shared_instances(user):
         guest = start('h1')
         for _ in range(2):
-            new = guest.other
-            guest.compute.live_migrate_server(guest.id, host=new,
-                                              block_migration='auto')
-            user.wait(lambda there=new: guest.server.status == 'ACTIVE'
-                      and guest.host == there, 180, f'the way to {new}')
+            guest.migrate_live(guest.other)
             guest.wait('ACTIVE')
             guest.goes_on()
             assert guest.is_ours()
@@ -374,11 +370,7 @@ def test_shelve(user, guest):
     guest.goes_on()
     assert guest.is_ours()
     # What a wrong image_ref breaks is the next migration (bug 1732428).
-    new = guest.other
-    guest.compute.live_migrate_server(guest.id, host=new,
-                                      block_migration='auto')
-    user.wait(lambda: guest.server.status == 'ACTIVE' and guest.host == new,
-              180, 'the migration')
+    guest.migrate_live(guest.other)
     guest.goes_on()
     guest.check()
 
@@ -732,10 +724,7 @@ def test_while_blocks_are_missing(user, clean, tmp_path):
     guest.wait('ACTIVE')
     well()
     for new in 'h2', 'h1':
-        compute.live_migrate_server(guest.id, host=new,
-                                    block_migration='auto')
-        user.wait(lambda there=new: guest.server.status == 'ACTIVE'
-                  and guest.host == there, 180, f'it to come to {new}')
+        guest.migrate_live(new)
         well()
     compute.resize_server(guest.id, compute.find_flavor('m1.small').id)
     guest.wait('VERIFY_RESIZE')
@@ -774,10 +763,7 @@ def test_to_a_host_that_lacks_blocks(user, clean, tmp_path, live):
     assert not is_lazy(guest)
     assert user.agent_state('h2', image) != 'complete'
     if live:
-        guest.compute.live_migrate_server(guest.id, host='h2',
-                                          block_migration='auto')
-        user.wait(lambda: guest.server.status == 'ACTIVE'
-                  and guest.host == 'h2', 180, 'the migration')
+        guest.migrate_live('h2')
     else:
         guest.compute.migrate_server(guest.id, host='h2')
         guest.wait('VERIFY_RESIZE')
