@@ -37,6 +37,7 @@ PLUG_SECONDS = 8
 #: The links come when Nova and Neutron are ready; Nova's limit is 300.
 LINK_SECONDS = 600
 KEY_SECONDS = 30
+TRIM_SECONDS = 20
 #: MiB that stay free when the rest is wiped, and bytes wiped at a time.
 WIPE_MARGIN, WIPE_PIECE = 10, 4 << 20
 MEMORY = '/sys/devices/system/memory/memory[0-9]*'
@@ -135,6 +136,17 @@ def remove(patterns: 'tuple[str, ...]') -> None:
                 os.unlink(path)
 
 
+def erase(patterns: 'tuple[str, ...]') -> None:
+    """Overwrite files, links aside; where the file system copies on write,
+    what it wrote before is left to trimming."""
+    for path in (path for pattern in patterns for path in glob.glob(pattern)):
+        if os.path.isfile(path) and not os.path.islink(path):
+            with open(path, 'r+b') as file:
+                file.write(bytes(os.path.getsize(path)))
+                file.flush()
+                os.fsync(file.fileno())
+
+
 # Before the guest is saved
 
 def randomize_children() -> None:
@@ -202,6 +214,8 @@ def machine_ids() -> 'list[str]':
 
 def forget(started: float) -> None:
     """Remove what this boot left on the disk for itself."""
+    # Of a cluster that holds something else as well, nothing is trimmed.
+    erase(SECRETS)
     remove(STATE + SECRETS)
     # Whose guest ends before its own is on the disk gets a new one at its
     # next boot, and not the same as all the others.
@@ -267,6 +281,8 @@ def quiesce() -> None:
     """Leave as little in memory and in the air as the guest can."""
     gc.collect()
     os.sync()
+    # What the bake deleted, its keys among it, is still in the blocks.
+    run('fstrim', '--all', timeout=TRIM_SECONDS)
     write('/proc/sys/vm/drop_caches', '3')
     rehearse()
     wipe()

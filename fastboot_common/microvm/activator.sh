@@ -59,6 +59,16 @@ plug() {
     done
 }
 
+# See activator.py.
+erase() {
+    for one in /etc/ssh/ssh_host_*key* /var/lib/systemd/random-seed; do
+        if [ -f "$one" ] && [ ! -L "$one" ]; then
+            dd if=/dev/zero of="$one" bs="$(wc -c < "$one")" count=1 \
+                conv=notrunc,fsync 2>/dev/null
+        fi
+    done
+}
+
 forget() {
     rm -rf /etc/ssh/ssh_host_*key* /var/lib/systemd/random-seed \
         /var/lib/dhcp/* /var/lib/dhclient/* /var/lib/dhcpcd/* \
@@ -178,6 +188,7 @@ stopped=$(services)
 [ -z "$stopped" ] || systemctl stop $stopped
 machine=$(cat /etc/machine-id)
 machine_id ''
+erase
 forget
 rm -rf /var/lib/cloud/instance /var/lib/cloud/instances \
     /var/lib/cloud/data /var/lib/cloud/sem /run/cloud-init
@@ -191,6 +202,7 @@ do
     case $word in
     QUIESCE)
         sync
+        timeout 20 fstrim --all >/dev/null 2>&1
         echo 3 > /proc/sys/vm/drop_caches
         rehearse >/dev/null 2>&1
         wipe

@@ -261,6 +261,18 @@ def test_the_id_of_the_bake_is_not_on_the_disk(baked, tmp_path):
         check=True, capture_output=True).stdout) > 1
 
 
+def test_the_keys_of_the_bake_are_not_on_the_disk(baked, house, tmp_path):
+    """cloud-init made some, and they were removed; so were their blocks."""
+    raw = tmp_path / 'raw'
+    subprocess.run(['qemu-img', 'convert', '-O', 'raw',
+                    baked / 'disk.qcow2', raw], check=True)
+    # The first words in them; the line above is in programs, too.
+    words = base64.b64encode(b'openssh-key-v1\0')
+    for path in (baked / 'disk.qcow2', raw):
+        assert subprocess.run(
+            ['grep', '-q', '-a', words, path]).returncode == 1, path
+
+
 def test_copies_are_servers_of_their_own(servers, hypervisor, baked):
     compatible.check(artifact.read(baked).key, hypervisor)
     one = with_interface(servers('one', memory=1024, vcpus=2))
@@ -277,6 +289,11 @@ def test_copies_are_servers_of_their_own(servers, hypervisor, baked):
     assert mine['uuid'] == mine['serial'] == one.uuid
     assert mine['machine-id'] == one.uuid.replace('-', '')
     assert mine['hostname'] == 'one'
+    seed = 'sha256sum /var/lib/systemd/random-seed'
+    assert one.run(seed) != two.run(seed) != ''
+    leases = 'ls /var/lib/dhcp/*.leases /run/systemd/netif/leases/* ' \
+        '/var/lib/systemd/network/* /etc/dhcpcd.duid 2>/dev/null'
+    assert one.run(leases) and not two.run(leases)
     numbers = 'for i in 1 2 3 4 5 6 7 8; do read x < ' \
         '/proc/sys/kernel/random/uuid; echo $x; done'
     assert not (set(one.run(numbers).split())
@@ -371,6 +388,41 @@ def test_it_boots_as_defined_afterwards(servers):
                        '-name "*fastboot-activator*" -print')
     assert not one.run('ls -d /dev/virtio-ports/org.openstack.fastboot.0 '
                        '/run/fastboot 2>/dev/null')
+
+
+def test_where_cloud_inits_python_cannot_be_had(
+        baked, hypervisor, house, tmp_path, monkeypatch):
+    """The shell's activator does what the other does."""
+    script, tried = activation.user_data(), b"if sys.argv[1:] == ['--try']:\n"
+    assert script.count(tried) == 1
+    monkeypatch.setattr(activation, 'user_data', lambda: script.replace(
+        tried, tried + b'        sys.exit(1)\n'))
+    image = house / 'image.qcow2'
+    with source.open_source(image, house) as raw:
+        done = bakery.bake(raw.raw_path, raw.virtual_size, house / 'shell',
+                           house, options(), backing=(image, 'qcow2'))
+    assert done.state == 'baked', done.reason
+    one = with_interface(Server(house / 'shell', hypervisor, tmp_path,
+                                'shell', memory=1024, vcpus=2))
+    try:
+        one.resume(stage=activation.DONE)
+        found = identity(one)
+        assert found['uuid'] == found['serial'] == one.uuid
+        assert found['machine-id'] == one.uuid.replace('-', '')
+        assert found['hostname'] == 'shell'
+        assert one.run('ls /etc/ssh/ssh_host_*_key | wc -l') == '2'
+        assert one.run('nproc') == '2'
+        assert int(one.run("sed -n 's/MemTotal: *\\([0-9]*\\) kB/\\1/p' "
+                           "/proc/meminfo")) > 850 << 10
+        assert one.run('cat /mark') == one.uuid
+        assert '10.0.2.15' in one.run('ip -4 address')
+        assert one.run('systemctl is-active ssh') == 'active'
+        assert abs(int(one.run('date +%s')) - time.time()) < 30
+        assert not one.run('systemctl --failed --no-legend')
+        assert not one.run('ls -d /run/fastboot 2>/dev/null')
+        assert one.run('ls /var/log/journal') == found['machine-id']
+    finally:
+        one.destroy()
 
 
 def nothing_left(hypervisor, house, one):
@@ -602,7 +654,6 @@ def test_lanes_that_the_agent_has(servers, baked, repository, house,
 
 
 def test_another_class_of_hosts(baked, hypervisor):
-    import dataclasses
     key = artifact.read(baked).key
     for change in ({'qemu': '7.2.0'}, {'arch': 'aarch64'}, {'recipe': 99},
                    {'virt_type': 'xen'}):

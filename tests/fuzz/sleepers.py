@@ -72,6 +72,37 @@ def definition_seeds():
             '<interface type="user"/><serial type="pty"/>')]
 
 
+# The XML of a saved guest, by who broke out of it
+
+def read_saved(data):
+    text = data.decode('latin-1')
+    one = clone.instance(definition_seeds()[0].decode(), MACHINE)
+    made = document.parse(clone.live(text, one))
+    known = set(files_in(one.tree))
+    for word in files_in(made):
+        assert word in known or word == '/dev/urandom' or pathlib.PurePath(
+            word).name.startswith(('qemu-system-', 'qemu-kvm', 'kvm')), word
+    # All that libvirt would run, share or ask for is known by its element.
+    assert {child.tag for child in made.find('devices')} <= {
+        'emulator', 'disk', 'controller', 'channel', 'input', 'audio',
+        'video', 'watchdog', 'memballoon', 'rng', 'panic', 'serial'}
+
+
+def files_in(tree):
+    for element in tree.iter():
+        for word in (element.text or '', *element.attrib.values()):
+            if '/' in word:
+                yield word.strip()
+
+
+def saved_seeds():
+    text = microvms.saved_xml()
+    return [text.encode(), text.replace(
+        '</devices>', '<watchdog model="itco" action="reset"/>'
+        '<emulator>/usr/bin/qemu-system-x86_64</emulator></devices>'
+        ).encode()]
+
+
 # microvm.json
 
 def read_description(data):
@@ -214,6 +245,8 @@ TARGETS = (
     Target('save-file', read_save, save_seeds),
     Target('definition', read_definition, definition_seeds,
            (exception.Corrupt, clone.Unsuitable)),
+    Target('saved-xml', read_saved, saved_seeds,
+           (exception.Corrupt, clone.Unsuitable), longest=6000),
     Target('microvm', read_description, description_seeds, longest=4096),
     Target('stream', walk_stream, stream_seeds, (), longest=6000),
     Target('blob', read_blob, blob_seeds, longest=1024),

@@ -238,8 +238,9 @@ class TestActivator:
         activator.activate(3, types.ModuleType('main'),
                            ['2', 'u', 'h', '1', '1', '0', '0', '-'], [], 4,
                            'x')
-        assert told == ['--stop-exec-queue', 'RANDOM', 'CLOCK', 'PLUGGED',
-                        'IDENTITY', '--start-exec-queue', 'LINKED']
+        assert told == ['--all', '--stop-exec-queue',
+                        'RANDOM', 'CLOCK', 'PLUGGED', 'IDENTITY',
+                        '--start-exec-queue', 'LINKED']
 
     @pytest.mark.parametrize('text, count', [
         ('0', 1), ('0-7', 8), ('0,2-3', 4)])
@@ -348,6 +349,9 @@ class TestInstance:
         ('</domain>', '<memoryBacking/></domain>'),
         ('</domain>', '<launchSecurity/></domain>'),
         ('</domain>', "<cputune><vcpupin/></cputune></domain>"),
+        ('</domain>', "<cputune><emulatorpin/></cputune></domain>"),
+        ('</domain>', '<cpu><numa/></cpu></domain>'),
+        ('<driver ', '<encryption/><driver '),
         ('<os>', "<os firmware='efi'>"), ('<boot ', '<loader/><boot '),
         ('<vcpu>', "<vcpu cpuset='1'>"),
         ('</devices>', "<interface type='hostdev'/></devices>"),
