@@ -18,7 +18,7 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, BinaryIO, Final, Self
 
@@ -32,6 +32,9 @@ OLDEST: Final = (7, 2)
 OVERHEAD: Final = 2 << 30
 
 _IMG: Final = 'qemu-img'
+_IO: Final = 'qemu-io'
+#: Bytes that it reads at once.
+_IO_PIECE: Final = 4 << 20
 _INFO_MEMORY: Final = 1 << 30
 _INFO_SECONDS: Final = 30
 _CHECK_SECONDS: Final = 600
@@ -54,15 +57,17 @@ _QUIT_SECONDS: Final = 5.0
 
 
 def _run(command: Sequence[str], timeout: float,
-         cwd: pathlib.Path | None = None) -> bytes:
+         cwd: pathlib.Path | None = None, told: bytes = b'') -> bytes:
     """Run a program to its end and return what it printed.
+
+    :param told: what it reads from its standard input.
 
     :raises CommandFailed: it failed or took too long.
     """
     try:
         done = subprocess.run(
             command, cwd=cwd, timeout=timeout, capture_output=True,
-            stdin=subprocess.DEVNULL, check=False)
+            input=told, check=False)
     except subprocess.TimeoutExpired as error:
         raise exception.CommandFailed(
             list(command), -9, f'not done in {timeout} seconds') from error
@@ -191,6 +196,44 @@ def same_content(one: str, other: str, *, timeout: float) -> bool:
         if error.status != 1:
             raise
         return False
+    return True
+
+
+def copy_up(path: pathlib.Path, extents: Sequence[tuple[int, int]], *,
+            timeout: float) -> None:
+    """Copy what an overlay reads from below into itself.
+
+    :param path: of an overlay that nobody uses.
+    :param extents: offset and length (bytes), ascending.
+    :param timeout: seconds.
+    :raises CommandFailed: it failed; the overlay reads as before.
+    :raises Corrupt: QEMU did something else.
+    """
+    reads = b''.join(
+        b'read -q %d %d\n' % (at, min(_IO_PIECE, offset + length - at))
+        for offset, length in extents
+        for at in range(offset, offset + length, _IO_PIECE))
+    disk = file_disk(str(path), 'qcow2')
+    # What is read through this filter is written into the overlay.
+    _run([_IO, image({'driver': 'copy-on-read', 'file': disk})], timeout,
+         told=reads)
+    mapped = json.loads(_run([_IMG, 'map', '--output=json', image(
+        {**disk, 'backing': None})], timeout))
+    if not _covers(mapped, extents):
+        raise exception.Corrupt(f'{path} still lacks what was copied')
+
+
+def _covers(mapped: Iterable[Mapping[str, Any]],
+            extents: Iterable[tuple[int, int]]) -> bool:
+    """Whether an overlay has all of these extents itself."""
+    lacking = ((one['start'], one['start'] + one['length'])
+               for one in mapped if not one['present'])
+    begin, end = next(lacking, (None, None))
+    for offset, length in extents:
+        while end is not None and end <= offset:
+            begin, end = next(lacking, (None, None))
+        if begin is not None and begin < offset + length:
+            return False
     return True
 
 

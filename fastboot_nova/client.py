@@ -128,6 +128,27 @@ class Agent:
         """
         self._call('POST', '/v1/prepare', {'image': image_id})
 
+    def differences(self, image_id: str, base: pathlib.Path,
+                    ) -> list[tuple[int, int]]:
+        """Extents (bytes) in which what a disk lies on is not an image.
+
+        :param base: a raw file, or a stub.
+        :raises NotFound: the image is not ours, or the file is not there.
+        :raises Unavailable: the agent does not answer, or cannot tell.
+        """
+        answer = self._call('POST', '/v1/differences', {
+            'image': image_id, 'file': str(base)})
+        try:
+            found = [(offset, length) for offset, length in
+                     answer['extents']]
+            if not all(type(offset) is type(length) is int
+                       and offset >= 0 < length for offset, length in found):
+                raise ValueError('no extents')
+        except (KeyError, TypeError, ValueError) as error:
+            raise exception.Unavailable(
+                f'the agent answers nonsense: {error!r}') from error
+        return found
+
     def image_ids(self) -> list[str]:
         """The images that this host knows.
 

@@ -29,12 +29,13 @@ from fastboot_common import (
     files,
     journal,
     manifest,
+    overlay,
     signing,
     slot,
     store,
     volume,
 )
-from fastboot_nova import mirror
+from fastboot_nova import comparison, mirror
 
 LOG = logging.getLogger(__name__)
 
@@ -654,6 +655,42 @@ class Host:
                 state, progress = _presence(one, image.image_id)
         return Status(image.image_id, image.name, image.serial, image.domain,
                       state, progress, leases, pinned)
+
+    def differences(self, image_id: str,
+                    base: pathlib.Path) -> list[tuple[int, int]]:
+        """Extents (bytes) in which what a disk lies on is not an image.
+
+        No block of either comes from the repository for this.
+
+        :param base: a raw file, or a stub.
+        :raises NotFound: there is no such file, or no slot of an image.
+        :raises Invalid: it is neither.
+        :raises Unavailable: digests are not here, and the repository is out
+            of reach.
+        """
+        size = self.mirror.block_size
+        image, length = self._window(image_id)
+        fd = comparison.open_base(base)
+        try:
+            if overlay.read_stub(base):
+                other, longest = self._window(overlay.follow(base).image_id)
+            elif overlay.read_backing(base):
+                raise exception.Invalid(f'{base} is no raw file')
+            else:
+                other = comparison.of_file(fd, size)
+                longest = os.fstat(fd).st_size
+            return [(first * size, count * size)
+                    for first, count in comparison.find(
+                        image, other, -(-max(length, longest) // size))]
+        finally:
+            os.close(fd)
+
+    def _window(self, image_id: str) -> tuple[comparison.Window, int]:
+        """The digests of an image that has a slot, and its bytes."""
+        image = self.find(image_id)[1]
+        return comparison.of_image(
+            self.mirror.read_manifest(image.manifest),
+            self.mirror.pack_index), image.virtual_size
 
     def check(self, image_id: str,
               progress: Callable[[int], None] = lambda count: None,

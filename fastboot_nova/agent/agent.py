@@ -5,6 +5,7 @@ Not the process (sockets, signals): that is
 :mod:`fastboot_nova.agent.service`.
 """
 
+import pathlib
 import threading
 import time
 from typing import Any, Final
@@ -38,6 +39,8 @@ from fastboot_nova.agent import (
 LOG = logging.getLogger(__name__)
 
 _SPACE_SECONDS: Final = 20.0
+#: Of one answer, which is then below a megabyte.
+_EXTENTS: Final = 25_000
 
 
 class Agent:
@@ -244,6 +247,19 @@ class Agent:
             self._hydrator.ask(found)
 
         self._sync.ask(image_id, complete)
+
+    def differences(self, image_id: str,
+                    file: str) -> list[tuple[int, int]]:
+        """See :meth:`host.Host.differences`.
+
+        :raises Unavailable: they are too many to be told.
+        """
+        found = self._host.differences(image_id, pathlib.Path(file))
+        if len(found) > _EXTENTS:
+            raise exception.Unavailable(
+                f'{file} and image {image_id} differ in {len(found)} '
+                f'places; {_EXTENTS} are told at most')
+        return found
 
     def sync(self) -> None:
         """Follow the repository now."""

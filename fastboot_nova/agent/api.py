@@ -36,6 +36,9 @@ class Served(Protocol):
 
     def prepare(self, image_id: str) -> None: ...
 
+    def differences(self, image_id: str,
+                    file: str) -> list[tuple[int, int]]: ...
+
     def sync(self) -> None: ...
 
     def images(self) -> dict[str, Any]: ...
@@ -70,6 +73,9 @@ def routes(agent: Callable[[], Served],
     def prepare(body: localapi.Body) -> localapi.Body:
         agent().prepare(_image(body))
         return {}
+
+    def differences(body: localapi.Body) -> localapi.Body:
+        return {'extents': agent().differences(_image(body), _file(body))}
 
     def sync(body: localapi.Body) -> localapi.Body:
         agent().sync()
@@ -111,6 +117,7 @@ def routes(agent: Callable[[], Served],
         localapi.Route('POST', '/v1/acquire', acquire),
         localapi.Route('POST', '/v1/release', release),
         localapi.Route('POST', '/v1/prepare', prepare, status=202),
+        localapi.Route('POST', '/v1/differences', differences, limit=2),
         localapi.Route('POST', '/v1/sync', sync, status=202),
         localapi.Route('GET', '/v1/images', images, limit=4),
         localapi.Route('GET', '/v1/images/([A-Za-z0-9._-]{1,64})', image,
@@ -134,10 +141,14 @@ def _lease(body: localapi.Body) -> tuple[str, str, str]:
 
     :raises Invalid: it is none.
     """
-    holder, file = _holder(body), body.get('file', '')
+    return _image(body), _holder(body), _file(body)
+
+
+def _file(body: localapi.Body) -> str:
+    file = body.get('file', '')
     if not _is_path(file):
         raise exception.Invalid('"file" is not a normal absolute path')
-    return _image(body), holder, file
+    return str(file)
 
 
 def _holder(body: localapi.Body) -> str:

@@ -19,7 +19,14 @@ from images import (
     verify,
 )
 
-from fastboot_common import exception, journal, manifest, upkeep
+from fastboot_common import (
+    chain,
+    exception,
+    journal,
+    manifest,
+    overlay,
+    upkeep,
+)
 from fastboot_nova import host as host_module
 
 
@@ -590,6 +597,39 @@ def test_ensure(world):
         right(host, world, 'image')
         host.ensure('image', len(data) - 1, 1)
         right(host, world, 'image')
+
+
+def test_differences(world, tmp_path):
+    """Of a server's snapshot, raw or cached, from its image."""
+    data = disk(900 * 4096, 1, zeros=0)
+    changed = bytearray(data) + b'more' * 1920
+    changed[4096 * 7:4096 * 9] = os.urandom(8192)
+    changed[4096 * 99:4096 * 100] = bytes(4096)
+    expected = [(4096 * 7, 8192), (4096 * 99, 4096), (4096 * 900, 8192)]
+    world.publish('image', data, range(9))
+    world.publish('snapshot', bytes(changed), range(9))
+    raw, stub = tmp_path / 'raw', tmp_path / (
+        overlay.base_name('snapshot') + overlay.SUFFIX)
+    raw.write_bytes(changed)
+    source = CountingStore(world.path / 'repo')
+    with world.host(source) as host:
+        host.sync()
+        with pytest.raises(exception.NotFound):
+            host.differences('image', raw)
+        host.acquire('image', 'guest')
+        chain.make_stub(stub, host.acquire('snapshot', 'guest'))
+        missing, before = right(host, world, 'image'), source.bytes
+        for base in raw, stub:
+            assert host.differences('image', base) == expected
+        assert host.differences('snapshot', stub) == []
+        assert source.bytes - before < 900 * 64, 'no blocks came'
+        assert right(host, world, 'image') == missing > 800
+        for base in tmp_path, tmp_path / 'nothing':
+            with pytest.raises(exception.FastbootError):
+                host.differences('image', base)
+        chain.make_disk(tmp_path / 'disk', stub, 1 << 30)
+        with pytest.raises(exception.Invalid, match='no raw file'):
+            host.differences('image', tmp_path / 'disk')
 
 
 @pytest.mark.parametrize('boot', [(), range(9)])

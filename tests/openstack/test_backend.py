@@ -95,6 +95,9 @@ class Handler(socketserver.StreamRequestHandler):
             answer = agent.status
         elif path == '/v1/prepare':
             agent.prepare(body)
+        elif path == '/v1/differences':
+            answer = {'extents': agent.host.differences(
+                body['image'], pathlib.Path(body['file']))}
         else:
             try:
                 answer = agent.acquire(body)
@@ -780,20 +783,67 @@ def test_an_old_resized_base_is_no_stub(place):
     assert stub(place).read_bytes() == place.raw
 
 
-def test_unshelve(place):
+@pytest.mark.parametrize('cached', [False, True])
+@pytest.mark.parametrize('failure', [None, 'hang', (503, {'error': 'x'})])
+def test_unshelve(place, monkeypatch, cached, failure):
     """The first call makes the disk on a snapshot; the second asks for the
-    base of the first image, to rebase the disk onto it."""
+    base of the first image, to rebase the disk onto it. Of that, nothing
+    is read that is not here; unless the agent cannot say what differs."""
+    from fastboot_nova import driver
+    monkeypatch.setattr(driver, '_COMPARE_SECONDS', 2)
+    originals = place.world.path / 'originals'
+    changed = bytearray(place.raw) + os.urandom(51200)
+    changed[300000:400000] = os.urandom(50000) + bytes(50000)
+    place.raw = bytes(changed)
+    if cached:
+        place.world.publish('snapshot', place.raw, boot=range(8))
+        (originals / 'snapshot').write_bytes(place.raw)
+        place.host.sync()
     server = instance()
     image = image_of(place, server)
-    assert len(spawn(place, image, 'snapshot')) == 1
+    assert len(spawn(place, image, 'snapshot')) == (not cached)
     again = image_of(place, server)
     assert spawn(place, again, 'image', size=None) == []
     assert stub(place).exists()
-    from fastboot_nova import driver
+    place.agent.fails = failure
+    if not failure:
+        (originals / 'image').rename(originals / 'away')
     driver.FastbootLibvirtDriver._rebase_with_qemu_img(
         image.path, str(place.base / overlay.base_name('image')))
+    if not failure:
+        (originals / 'away').rename(originals / 'image')
+    assert backend.stub_of(image.path) == stub(place)
+    assert content(image.path) == place.raw.ljust(2 << 20, b'\0')
+    # The snapshot goes; nothing is read of it any more.
+    assert overlay.base_name('snapshot') not in subprocess.run(
+        ['qemu-img', 'info', '-U', '--backing-chain', image.path],
+        capture_output=True, text=True, check=True).stdout
+
+
+def test_a_rebase_that_ends_in_the_middle(place, monkeypatch):
+    """The disk reads the same, whatever it lies on."""
+    from fastboot_common import qemu
+    from fastboot_nova import driver
+    place.raw, server = os.urandom(1 << 20), instance()
+    image = image_of(place, server)
+    spawn(place, image, 'snapshot')
+    spawn(place, image_of(place, server), 'image', size=None)
+    base = str(place.base / overlay.base_name('image'))
+    for name in 'rename_backing', 'copy_up':
+        with monkeypatch.context() as patched:
+            patched.setattr(qemu, name, killed)
+            with pytest.raises(KeyboardInterrupt):
+                driver.FastbootLibvirtDriver._rebase_with_qemu_img(
+                    image.path, base)
+        assert backend.stub_of(image.path) is None
+        assert content(image.path)[:1 << 20] == place.raw
+    driver.FastbootLibvirtDriver._rebase_with_qemu_img(image.path, base)
     assert backend.stub_of(image.path) == stub(place)
     assert content(image.path)[:1 << 20] == place.raw
+
+
+def killed(*words, **more):
+    raise KeyboardInterrupt
 
 
 def test_servers_at_once(place):

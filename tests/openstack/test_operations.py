@@ -751,6 +751,25 @@ def test_while_blocks_are_missing(user, clean, tmp_path):
     guest.check()
 
 
+def test_off_the_shelf_where_blocks_are_missing(user, clean, tmp_path):
+    """Its disk is compared with the image by digests: that stays where it
+    is, but for what the guest reads."""
+    image, begin = big_image(user, clean, tmp_path)
+    guest = begin('h1')
+    moves(guest)
+    guest.compute.shelve_server(guest.id)
+    user.wait(lambda: guest.server.status == 'SHELVED_OFFLOADED', 180,
+              'the shelf')
+    guest.compute.unshelve_server(guest.id, host='h2')
+    guest.wait('ACTIVE', 300)
+    assert guest.host == 'h2'
+    row = user.ask_agent('h2', 'GET', f'/v1/images/{image}')
+    assert row['state'] == 'thawed' and row['progress'] < .5, row
+    assert guest.is_ours() and is_lazy(guest)
+    guest.goes_on()
+    guest.check()
+
+
 @pytest.mark.parametrize('live', [True, False])
 def test_to_a_host_that_lacks_blocks(user, clean, tmp_path, live):
     """A server whose image is whole where it was, and nowhere else."""

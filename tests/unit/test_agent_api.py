@@ -65,6 +65,10 @@ class Served:
         journal.validate_image_id(image_id)
         self._note('prepare', image_id)
 
+    def differences(self, image_id, file):
+        self.release(image_id, 'nova', file)
+        return [(0, 4096), (8192, 4096)]
+
     def sync(self):
         self._note('sync')
 
@@ -135,6 +139,8 @@ def test_verbs(path, served):
             ('POST', '/v1/acquire', WELL, 200),
             ('POST', '/v1/release', WELL, 200),
             ('POST', '/v1/prepare', {'image': 'image-1'}, 202),
+            ('POST', '/v1/differences', WELL, 200),
+            ('POST', '/v1/differences', {'image': 'image-1'}, 400),
             ('POST', '/v1/sync', {}, 202),
             ('GET', '/v1/images', None, 200),
             ('GET', '/v1/images/image-1', None, 200),
@@ -182,7 +188,8 @@ PATHS = st.one_of(
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture],
           max_examples=300)
-@given(verb=st.sampled_from(['ensure', 'acquire', 'release', 'prepare']),
+@given(verb=st.sampled_from(['ensure', 'acquire', 'release', 'prepare',
+                             'differences']),
        body=st.fixed_dictionaries({}, optional={
            'image': ANY | st.just('image-1'), 'holder': ANY | st.just('nova'),
            'file': ANY | PATHS, 'offset': ANY, 'length': ANY, 'x': ANY}))

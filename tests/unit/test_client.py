@@ -141,6 +141,22 @@ def test_image_ids(path):
         assert client.Agent(str(path), 5).image_ids() == ['a', 'b']
 
 
+def test_differences(path):
+    with agent(path, answer(200, {'extents': [[0, 5], [9, 1]]})) as heard:
+        assert line(path).differences('i', pathlib.Path('/b')) == [
+            (0, 5), (9, 1)]
+    assert body_of(heard) == ('/v1/differences', {'image': 'i', 'file': '/b'})
+
+
+@pytest.mark.parametrize('extents', [
+    None, 5, [5], [[1]], [[1, 2, 3]], [['0', 1]], [[0, 0]], [[-1, 1]],
+    [[0, 1.5]], [[True, 1]]])
+def test_differences_without_sense(path, extents):
+    with agent(path, answer(200, {'extents': extents})):
+        with pytest.raises(exception.Unavailable):
+            line(path).differences('i', pathlib.Path('/b'))
+
+
 # µVMs
 
 TAKEN = {'lane': 'ab' * 16, 'path': '/lanes/x', 'directory': '/artifacts/y',

@@ -2,12 +2,15 @@
 """QEMU's arguments, and peers that lie."""
 
 import json
+import os
 import socket
 import subprocess
 import threading
 import time
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fastboot_common import exception, qemu
 
@@ -116,6 +119,53 @@ def test_info(tmp_path):
     assert qemu.info(node)['format'] == 'qcow2'
     with pytest.raises(exception.CommandFailed):
         qemu.info(path, 'vmdk')
+
+
+def test_what_is_copied_up_stays(tmp_path):
+    """Also zeros, and what lies behind the end of what is below."""
+    old, new = tmp_path / 'old', tmp_path / 'new'
+    data = os.urandom(3 << 20) + bytes(1 << 20)
+    old.write_bytes(data)
+    new.write_bytes(os.urandom(6 << 20))
+    disk = tmp_path / 'disk,file.filename=x'
+    qemu.create_overlay(disk, str(old), 'raw', 8 << 20)
+    extents = [(1 << 20, 65536), ((3 << 20) - 4096, 8192), (5 << 20, 1 << 20)]
+    qemu.copy_up(disk, extents, timeout=60)
+    qemu.rename_backing(disk, new, 'raw')
+    qemu.convert(qemu.image(qemu.file_disk(str(disk), 'qcow2')),
+                 str(tmp_path / 'raw'), timeout=60)
+    made = (tmp_path / 'raw').read_bytes()
+    below, data = new.read_bytes(), data.ljust(8 << 20, b'\0')
+    for offset, length in extents:
+        assert made[offset:offset + length] == data[offset:offset + length]
+    assert made[:1 << 20] == below[:1 << 20]
+    assert made[7 << 20:] == bytes(1 << 20)
+    # Twice does not change it, and nothing is nothing.
+    qemu.copy_up(disk, [*extents, (6 << 20, 4096)], timeout=60)
+    qemu.copy_up(disk, [], timeout=60)
+
+
+def test_what_cannot_be_copied_up(tmp_path):
+    (tmp_path / 'old').write_bytes(bytes(1 << 20))
+    disk = tmp_path / 'disk'
+    qemu.create_overlay(disk, str(tmp_path / 'old'), 'raw', 1 << 20)
+    for extents in [(1 << 20, 4096)], [(0, 2 << 20)]:
+        with pytest.raises(exception.CommandFailed):
+            qemu.copy_up(disk, extents, timeout=60)
+    (tmp_path / 'old').unlink()
+    with pytest.raises(exception.CommandFailed):
+        qemu.copy_up(disk, [(0, 4096)], timeout=60)
+
+
+@given(present=st.lists(st.booleans(), min_size=1, max_size=12),
+       wanted=st.sets(st.integers(0, 11)))
+def test_what_an_overlay_has_itself(present, wanted):
+    wanted = {at for at in wanted if at < len(present)}
+    mapped = [{'start': at * 8, 'length': 8, 'present': has}
+              for at, has in enumerate(present)]
+    extents = [(at * 8 + 2, 3) for at in sorted(wanted)]
+    assert qemu._covers(mapped, extents) == all(
+        present[at] for at in wanted)
 
 
 def test_create_overlay_opens_no_backing(tmp_path):
