@@ -487,26 +487,32 @@ def _pause_rather_than_fail(disk: Any) -> None:
 
     The agent resumes it. A write that fills a part of a cluster reads the
     rest of it from below, and fails as a write. A chain without an export
-    fails as stock ones do.
+    fails as stock ones do, also if it had one before.
     """
-    if disk.find(".//source[@protocol='nbd']") is not None:
-        for policy in ('error_policy', 'rerror_policy'):
-            disk.find('driver').set(policy, 'stop')
+    options = disk.find('driver').attrib
+    for policy in ('error_policy', 'rerror_policy'):
+        if disk.find(".//source[@protocol='nbd']") is not None:
+            options[policy] = 'stop'
+        else:
+            options.pop(policy, None)
 
 
-def portable(domain: str) -> str:
-    """The XML of a domain in the form that every host can start.
+def portable(domain: str, complete: bool = False) -> str:
+    """The XML of a domain in the form that another host can start.
 
     Complete names and block devices are one host's affair; the volume and
     the export are on all of them.
 
     :param domain: the XML of a domain on this host.
+    :param complete: the other host has all images of its disks complete.
     """
-    def lazy(stub: pathlib.Path, disk: Any) -> Any:
-        link = dataclasses.replace(overlay.follow(stub), complete=None)
-        return _element(stub, link)
+    def other(stub: pathlib.Path, disk: Any) -> Any:
+        link = overlay.follow(stub)
+        name = link.volume.parent / chain.COMPLETE / link.image_id
+        return _element(stub, dataclasses.replace(
+            link, complete=name if complete else None))
 
-    return _rechained(domain, lazy)[0]
+    return _rechained(domain, other)[0]
 
 
 def renewed(domain: str) -> str | None:

@@ -37,6 +37,9 @@ CONF = nova.conf.CONF
 #: What other hosts know a host with this driver by: a key in the statistics
 #: of its compute node, and the end of a file's name.
 MARK: Final = 'fastboot'
+#: The end of that name where the destination of a live migration has all
+#: blocks that the server's disks need.
+COMPLETE: Final = 'complete'
 #: Seconds until digests of what a disk lies on are told, and until what
 #: differs is in the disk.
 _COMPARE_SECONDS: Final = 600.0
@@ -233,7 +236,11 @@ class FastbootLibvirtDriver(driver.LibvirtDriver):
         volume below them is never shared.
         """
         data = super().pre_live_migration(context, instance, *args, **kwargs)
-        self._prepare(instance, self._stubs(instance))
+        stubs = self._stubs(instance)
+        self._prepare(instance, stubs)
+        if stubs and all(_is_complete(stub) for stub in stubs.values()):
+            # The file was there to be looked for before this.
+            data.filename = f'{data.filename}.{COMPLETE}'
         return data
 
     def _stubs(self, instance: Any, end: str = '') -> dict[str, pathlib.Path]:
@@ -421,10 +428,11 @@ class FastbootLibvirtDriver(driver.LibvirtDriver):
             device_names: list[str]) -> Any:
         """Nova's; returns why it failed, see :func:`_judge`."""
         describe = guest.get_xml_desc
+        complete = migrate_data.filename.endswith(f'.{COMPLETE}')
 
         @functools.wraps(describe)
         def portable(*args: Any, **kwargs: Any) -> str:
-            return backend.portable(describe(*args, **kwargs))
+            return backend.portable(describe(*args, **kwargs), complete)
 
         guest.get_xml_desc = portable
         try:
@@ -560,6 +568,12 @@ def _migrate(guest: Any, definition: str, *args: Any, **kwargs: Any) -> None:
     found = copy.copy(guest)
     found._domain = _Defining(guest._domain, definition)
     libvirt_guest.Guest.migrate(found, *args, **kwargs)
+
+
+def _is_complete(stub: pathlib.Path) -> bool:
+    with contextlib.suppress(exception.FastbootError):
+        return overlay.follow(stub).complete is not None
+    return False
 
 
 def _rebase(disk: pathlib.Path, stub: pathlib.Path) -> bool:

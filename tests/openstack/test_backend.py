@@ -441,6 +441,18 @@ def test_what_leaves_the_host_is_lazy(place):
     assert '/x_sm' in backend.portable(other)
 
 
+def test_what_goes_where_all_is(place):
+    """It needs no export there, whatever it has here."""
+    image = image_of(place)
+    spawn(place, image)
+    here = backing_of(place, image)
+    assert 'nbd' in here and 'rerror_policy="stop"' in here
+    xml = backend.portable(f'<domain><devices>{here}</devices></domain>',
+                           complete=True)
+    assert '/complete/image' in xml
+    assert 'nbd' not in xml and 'error_policy' not in xml
+
+
 def test_a_lost_stub_is_made_again(place):
     """Start after the stub was removed; Nova passes the backing's name."""
     server = instance()

@@ -67,7 +67,7 @@ def migrated(monkeypatch, runs):
             migration_context=None),
         'h2', False, migrate_data.LibvirtLiveMigrateData(
             block_migration=False, serial_listen_addr='10.0.0.2',
-            serial_listen_ports=[], bdms=[],
+            serial_listen_ports=[], bdms=[], filename='file.fastboot',
             graphics_listen_addr_vnc='10.0.0.2'),
         libvirt_guest.Guest(domain), [])
     return [etree.fromstring(domain.params[name])
@@ -168,7 +168,8 @@ def test_a_guest_that_ended_has_not_moved(made, monkeypatch, seconds, moves,
         monkeypatch.setattr(made, name, lambda *words, value=value: value)
     data = migrate_data.LibvirtLiveMigrateData(
         block_migration=False, serial_listen_addr='10.0.0.2',
-        serial_listen_ports=[], bdms=[], graphics_listen_addr_vnc='10.0.0.2')
+        serial_listen_ports=[], bdms=[], filename='file.fastboot',
+        graphics_listen_addr_vnc='10.0.0.2')
     data._obj_migration = None
     instance = types.SimpleNamespace(
         uuid='one', vm_state='active', name='one', image_meta=None,
@@ -331,3 +332,20 @@ def test_what_others_are_told_of_this_host(made, monkeypatch, tmp_path,
         driver.CONF.clear_override('instances_path')
     assert name == ('file.fastboot' if is_local else 'file')
     assert (tmp_path / name).exists()
+
+
+@pytest.mark.parametrize('stubs, name', [
+    ((), 'file.fastboot'), (('lazy',), 'file.fastboot'),
+    (('whole', 'lazy'), 'file.fastboot'),
+    (('whole', 'whole'), 'file.fastboot.complete')])
+def test_a_destination_says_that_it_has_all(made, monkeypatch, stubs, name):
+    """After the name of the file was used as one."""
+    monkeypatch.setattr(
+        stock.LibvirtDriver, 'pre_live_migration',
+        lambda self, context, instance: migrate_data.LibvirtLiveMigrateData(
+            filename='file.fastboot'))
+    monkeypatch.setattr(made, '_stubs', lambda instance: dict(
+        enumerate(stubs)))
+    monkeypatch.setattr(made, '_prepare', lambda instance, stubs: None)
+    monkeypatch.setattr(driver, '_is_complete', 'whole'.__eq__)
+    assert made.pre_live_migration(None, made.server).filename == name

@@ -695,6 +695,25 @@ def test_independent_at_the_next_start(user, clean, tmp_path):
     guest.check()
 
 
+def test_independent_after_a_migration(user, clean, tmp_path):
+    """To a host that has all of its image; and back to one that lacks most,
+    where it is lazy again."""
+    image, begin = big_image(user, clean, tmp_path)
+    guest = begin('h1')
+    make_whole(user, image, 'h2')
+    assert is_lazy(guest)
+    guest.migrate_live('h2')
+    assert guest.is_ours() and not is_lazy(guest)
+    user.wait(lambda: guest.id not in lazy_guests(user, 'h2'), 120,
+              'the host to know that it needs nobody')
+    moves(guest)
+    assert user.agent_state('h1', image) != 'complete'
+    guest.migrate_live('h1')
+    assert guest.is_ours() and is_lazy(guest)
+    guest.goes_on()
+    guest.check()
+
+
 def is_lazy(guest):
     """Whether what it reads may come over the network."""
     return any('nbd' in layer for layer in guest.chain())
