@@ -5,7 +5,6 @@ Needs a sandbox that is up. Stock rows are the same bytes under an image
 whose owner keeps it from fastboot, on the same host, in the same run.
 """
 
-import concurrent.futures
 import contextlib
 import os
 import pathlib
@@ -256,12 +255,6 @@ def _booted(bench: Bench, image: str, answers: int = 0) -> list[Boot]:
 
 #: Seconds that a resume may take, by default.
 _DEADLINE = 10.0
-#: Makes the next guest that runs on a host stand still. It takes no
-#: processor before there is one.
-_SUSPEND = ('virsh event --event lifecycle --timeout 60 >/dev/null; '
-            'for n in $(seq 300); do '
-            'for guest in $(virsh list --name --state-running); do '
-            'exec virsh suspend "$guest"; done; sleep .1; done; exit 1')
 #: That a host keeps of a µVM, by default.
 _LANES = 2
 
@@ -283,11 +276,8 @@ def _silent(bench: Bench, image: str) -> Boot:
     """
     bench.user.sandbox('restart', AGENT)
     bench.user.wait_for_lanes(image, HOST, seconds=120)
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        done = pool.submit(bench.user.inside, HOST, 'sh', '-c', _SUSPEND)
-        boot = _resumed(bench, image, 'resume failed (wait)')
-        done.result()
-    return boot
+    with bench.user.suspending(HOST):
+        return _resumed(bench, image, 'resume failed (wait)')
 
 
 def _damaged(bench: Bench, image: str) -> Boot:

@@ -359,33 +359,16 @@ def test_wishes(user, image, start):
         start(log='hit')
 
 
-#: Puts the next guest to sleep that comes to life on a host.
-SUSPEND = """
-virsh event --event lifecycle --timeout 300 >/dev/null
-for n in $(seq 300); do
-    for guest in $(virsh list --name --state-running); do
-        virsh suspend "$guest"
-        uuid=$(virsh domuuid "$guest")
-        # A name more, so that no other disk gets its inode.
-        exec ln "/var/lib/nova/instances/$uuid/disk" "$1"
-    done
-    sleep .1
-done
-exit 1
-"""
-
-
 def test_a_guest_that_stays_silent(user, image, start):
     """Its server boots, from a disk that no other had."""
     user.wait_for_lanes(image, 'h1')
     used = user.home('h1') / 'nova/instances/used'
     try:
+        # A name more, so that no other disk gets its inode.
         with (settings(user, 'h1', 'fastboot', resume_deadline=20),
-              concurrent.futures.ThreadPoolExecutor(1) as pool):
-            done = pool.submit(user.inside, 'h1', 'sh', '-c', SUSPEND, 'sh',
-                               '/var/lib/nova/instances/used')
+              user.suspending('h1', 'cd /var/lib/nova/instances && '
+                                    'ln "$uuid/disk" used')):
             one = start(log='resume failed (wait)')
-            done.result()
         assert used.stat().st_nlink == 1, 'it is nobody\'s disk any more'
         assert not used.samefile(user.instance_path(one.server) / 'disk')
     finally:

@@ -32,6 +32,21 @@ _CLI_SECONDS: Final = 900
 _ANSWER: Final = (
     'until virsh -q -c qemu:///system qemu-agent-command --timeout 1 "$0" '
     '\'{"execute":"guest-ping"}\'; do sleep .1; done >/dev/null 2>&1')
+#: Suspends the next guest that comes to life on a host, then runs what it is
+#: given. It takes no processor before there is one.
+_SUSPEND: Final = '''
+virsh event --event lifecycle --timeout 300 >/dev/null
+for n in $(seq 300); do
+    for guest in $(virsh list --name --state-running); do
+        virsh suspend "$guest"
+        uuid=$(virsh domuuid "$guest")
+        eval "$1"
+        exit
+    done
+    sleep .1
+done
+exit 1
+'''
 
 
 class CloudError(Exception):
@@ -340,6 +355,19 @@ class User:
     def inside(self, host: str, *words: object, check: bool = True) -> str:
         """What a command prints that runs on a host; see :meth:`sandbox`."""
         return self.sandbox('exec', host, *words, check=check)
+
+    @contextlib.contextmanager
+    def suspending(self, host: str, then: str = '') -> Iterator[None]:
+        """Have the next guest stand still that comes to life on a host.
+
+        :param then: what the host's shell does next; it knows ``$uuid``.
+        :raises CloudError: none came.
+        """
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            done = pool.submit(self.inside, host, 'sh', '-c', _SUSPEND, 'sh',
+                               then)
+            yield
+            done.result()
 
     def forget_base(self, host: str, image: str) -> None:
         """Remove the bases of an image on a host, as Nova's cache manager
