@@ -52,13 +52,12 @@ def parse(xml: str) -> document.Element:
     :raises Corrupt: it is none, or says what the bakery's cannot.
     """
     tree = document.parse(xml)
-    _check_children(tree)
     tags = [child.tag for child in tree if child.tag not in OWN]
     if len(set(tags)) != len(tags):
         raise exception.Corrupt('the saved domain has something twice')
     if len(tree.findall('devices/disk')) > 1:
         raise exception.Corrupt('the saved domain has more than one disk')
-    for element in _looked_at(tree):
+    for element in (tree, *_looked_at(tree)):
         _check(element)
     return tree
 

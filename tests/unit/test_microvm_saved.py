@@ -126,6 +126,7 @@ def test_another_place_of_the_same_emulator():
                     "dir='x'/></filesystem><input type"),
     ('<input type', "<interface type='bridge'><source bridge='br-ex'/>"
                     "</interface><input type"),
+    ("<domain type='qemu'", "<domain type='qemu/x'"),
     ("<input type='mouse' bus='ps2'/>",
      "<input type='evdev'><source dev='/dev/input/event1'/></input>"),
     ("<audio id='1' type='none'/>",
