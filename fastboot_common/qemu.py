@@ -17,6 +17,7 @@ import secrets
 import shutil
 import socket
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
@@ -57,24 +58,24 @@ _QUIT_SECONDS: Final = 5.0
 
 
 def _run(command: Sequence[str], timeout: float,
-         cwd: pathlib.Path | None = None, told: bytes = b'') -> bytes:
+         cwd: pathlib.Path | None = None,
+         stdin: int | BinaryIO = subprocess.DEVNULL) -> bytes:
     """Run a program to its end and return what it printed.
 
-    :param told: what it reads from its standard input.
 
     :raises CommandFailed: it failed or took too long.
     """
     try:
         done = subprocess.run(
             command, cwd=cwd, timeout=timeout, capture_output=True,
-            input=told, check=False)
+            stdin=stdin, check=False)
     except subprocess.TimeoutExpired as error:
         raise exception.CommandFailed(
             list(command), -9, f'not done in {timeout} seconds') from error
     if done.returncode:
         raise exception.CommandFailed(
             list(command), done.returncode,
-            done.stderr.decode(errors='replace'))
+            (done.stderr or done.stdout).decode(errors='replace'))
     return done.stdout
 
 
@@ -209,17 +210,27 @@ def copy_up(path: pathlib.Path, extents: Sequence[tuple[int, int]], *,
     :raises CommandFailed: it failed; the overlay reads as before.
     :raises Corrupt: QEMU did something else.
     """
-    reads = b''.join(
-        b'read -q %d %d\n' % (at, min(_IO_PIECE, offset + length - at))
-        for offset, length in extents
-        for at in range(offset, offset + length, _IO_PIECE))
+    version(_IMG)
     disk = file_disk(str(path), 'qcow2')
-    # What is read through this filter is written into the overlay.
-    _run([_IO, image({'driver': 'copy-on-read', 'file': disk})], timeout,
-         told=reads)
-    mapped = json.loads(_run([_IMG, 'map', '--output=json', image(
-        {**disk, 'backing': None})], timeout))
-    if not _covers(mapped, extents):
+    # No pipe: under eventlet, who writes to one that is gone never ends.
+    with tempfile.TemporaryFile() as commands:
+        commands.writelines(
+            b'read -q %d %d\n' % (at, min(_IO_PIECE, offset + length - at))
+            for offset, length in extents
+            for at in range(offset, offset + length, _IO_PIECE))
+        # It does not tell if that fails when it closes the disk.
+        commands.write(b'flush\n')
+        commands.seek(0)
+        # What is read through this filter is written into the overlay.
+        _run([_IO, image({'driver': 'copy-on-read', 'file': disk})], timeout,
+             stdin=commands)
+    mapped = _run([_IMG, 'map', '--output=json', image(
+        {**disk, 'backing': None})], timeout)
+    try:
+        complete = _covers(json.loads(mapped), extents)
+    except (ValueError, KeyError, TypeError) as error:
+        raise exception.Corrupt(f'the map of {path}: {error!r}') from error
+    if not complete:
         raise exception.Corrupt(f'{path} still lacks what was copied')
 
 

@@ -128,16 +128,18 @@ class Agent:
         """
         self._call('POST', '/v1/prepare', {'image': image_id})
 
-    def differences(self, image_id: str, base: pathlib.Path,
+    def differences(self, image_id: str, base: pathlib.Path | str,
                     ) -> list[tuple[int, int]]:
-        """Extents (bytes) in which what a disk lies on is not an image.
+        """Extents (bytes) in which something else is not an image.
 
-        :param base: a raw file, or a stub.
-        :raises NotFound: the image is not ours, or the file is not there.
+        :param base: a file of raw bytes, or the id of another image.
+        :raises NotFound: an image is not ours, or the file is not there.
+        :raises Busy: others ask the same; repeat.
         :raises Unavailable: the agent does not answer, or cannot tell.
         """
+        kind = 'other' if isinstance(base, str) else 'file'
         answer = self._call('POST', '/v1/differences', {
-            'image': image_id, 'file': str(base)})
+            'image': image_id, kind: str(base)})
         try:
             found = [(offset, length) for offset, length in
                      answer['extents']]

@@ -23,18 +23,19 @@ Digests = npt.NDArray[np.uint8]
 #: Of a range of blocks (first, count), a digest each; zeros have none.
 Window = Callable[[int, int], Digests]
 
-#: Blocks whose digests are compared at once.
-_PIECE: Final = 4096
+#: Bytes of either that are looked at at once.
+_PIECE: Final = 16 << 20
 
 
-def find(one: Window, other: Window, count: int,
+def find(one: Window, other: Window, count: int, block_size: int,
          ) -> Iterator[tuple[int, int]]:
     """The blocks that are not alike in both, as runs (first, count).
 
     :param count: of the blocks of the longer one.
     """
-    for first in range(0, count, _PIECE):
-        size = min(_PIECE, count - first)
+    piece = _PIECE // block_size
+    for first in range(0, count, piece):
+        size = min(piece, count - first)
         unlike = (one(first, size) != other(first, size)).any(axis=1)
         yield from blocks.runs(first + np.flatnonzero(unlike))
 
@@ -45,15 +46,19 @@ def of_image(image: manifest.Manifest,
 
     :param index: gives the index of a pack.
     """
+    # A mirror keeps those that guests' misses need.
+    known: dict[int, pack.PackIndex] = {}
+
     def window(first: int, count: int) -> Digests:
         found = _none(count)
         numbers, packs, ordinals = extents.expand(
             extents.clip(image.extents, first, count))
         for at in np.unique(packs).tolist():
+            if at not in known:
+                known[at] = index(image.packs[at])
             here = packs == at
-            found[numbers[here] - first] = index(
-                image.packs[at]).digests[ordinals[here]].view(
-                    np.uint8).reshape(-1, blocks.DIGEST)
+            found[numbers[here] - first] = known[at].digests[
+                ordinals[here]].view(np.uint8).reshape(-1, blocks.DIGEST)
         return found
 
     return window
@@ -81,16 +86,18 @@ def open_base(path: pathlib.Path) -> int:
     """Open what a disk lies on, to read it.
 
     :raises NotFound: no such file can be opened.
-    :raises Invalid: it is something else.
+    :raises Invalid: it is something else, or not everybody may read it: who
+        asks may have less rights than we.
     """
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW
                      | os.O_NONBLOCK)
     except OSError as error:
         raise exception.NotFound(f'{path}: {error.strerror}') from error
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
+    mode = os.fstat(fd).st_mode
+    if not (stat.S_ISREG(mode) and mode & stat.S_IROTH):
         os.close(fd)
-        raise exception.Invalid(f'{path} is no file')
+        raise exception.Invalid(f'{path} is no file for everybody')
     return fd
 
 

@@ -42,7 +42,8 @@ MARK: Final = 'fastboot'
 COMPLETE: Final = 'complete'
 #: Seconds until digests of what a disk lies on are told, and until what
 #: differs is in the disk.
-_COMPARE_SECONDS: Final = 600.0
+_COMPARE_SECONDS: Final = 1800.0
+_LOOK_SECONDS: Final = 1.0
 _COPY_SECONDS: Final = 3600.0
 
 
@@ -583,14 +584,11 @@ def _rebase(disk: pathlib.Path, stub: pathlib.Path) -> bool:
     over the network.
     """
     try:
-        base, size = overlay.read_backing(disk) or (None, 0)
-        if base is None:
-            return False
-        told = client.Agent(CONF.fastboot.agent_socket, _COMPARE_SECONDS)
+        size = (overlay.read_backing(disk) or (None, 0))[1]
         extents = [
             (offset, min(length, size - offset)) for offset, length in
-            told.differences(overlay.follow(stub).image_id,
-                             pathlib.Path(base)) if offset < size]
+            _differences(overlay.follow(stub).image_id, _base(disk))
+            if offset < size]
         qemu.copy_up(disk, extents, timeout=_COPY_SECONDS)
         qemu.rename_backing(disk, stub, 'qcow2')
     except (exception.FastbootError, OSError) as error:
@@ -600,6 +598,35 @@ def _rebase(disk: pathlib.Path, stub: pathlib.Path) -> bool:
     LOG.info('fastboot: %s lies on %s now; %d bytes of what it lay on '
              'differ', disk, stub, sum(length for _, length in extents))
     return True
+
+
+def _base(disk: pathlib.Path) -> pathlib.Path | str:
+    """What a disk lies on: a file of raw bytes, or an image on local blocks.
+
+    :raises Invalid: it is something else. The disk says what, not the base,
+        which the guest of another disk may have written.
+    """
+    found, kind = overlay.read_backing(disk), overlay.backing_format(disk)
+    if found and found[0] and kind == 'raw':
+        return pathlib.Path(found[0])
+    stub = backend.stub_of(str(disk)) if kind == 'qcow2' else None
+    if stub is None:
+        raise exception.Invalid(f'{disk} lies on a base of format {kind}')
+    return overlay.follow(stub).image_id
+
+
+def _differences(image_id: str, base: pathlib.Path | str,
+                 ) -> list[tuple[int, int]]:
+    """See :meth:`client.Agent.differences`; patient with others who ask."""
+    deadline = time.monotonic() + _COMPARE_SECONDS
+    told = client.Agent(CONF.fastboot.agent_socket, _COMPARE_SECONDS)
+    while True:
+        try:
+            return told.differences(image_id, base)
+        except exception.Busy:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(_LOOK_SECONDS)
 
 
 def _judge(guest: Any, future: Any) -> None:

@@ -29,7 +29,6 @@ from fastboot_common import (
     files,
     journal,
     manifest,
-    overlay,
     signing,
     slot,
     store,
@@ -656,34 +655,33 @@ class Host:
         return Status(image.image_id, image.name, image.serial, image.domain,
                       state, progress, leases, pinned)
 
-    def differences(self, image_id: str,
-                    base: pathlib.Path) -> list[tuple[int, int]]:
-        """Extents (bytes) in which what a disk lies on is not an image.
+    def differences(self, image_id: str, base: pathlib.Path | str,
+                    ) -> list[tuple[int, int]]:
+        """Extents (bytes) in which something else is not an image.
 
         No block of either comes from the repository for this.
 
-        :param base: a raw file, or a stub.
-        :raises NotFound: there is no such file, or no slot of an image.
-        :raises Invalid: it is neither.
+        :param base: a file of raw bytes, whatever they look like: a guest
+            may have written them. Or the id of an image that has a slot.
+        :raises NotFound: there is no such file, or no slot.
+        :raises Invalid: it is something else.
         :raises Unavailable: digests are not here, and the repository is out
             of reach.
         """
         size = self.mirror.block_size
         image, length = self._window(image_id)
-        fd = comparison.open_base(base)
-        try:
-            if overlay.read_stub(base):
-                other, longest = self._window(overlay.follow(base).image_id)
-            elif overlay.read_backing(base):
-                raise exception.Invalid(f'{base} is no raw file')
+        with contextlib.ExitStack() as stack:
+            if isinstance(base, str):
+                other, longest = self._window(base)
             else:
+                fd = comparison.open_base(base)
+                stack.callback(os.close, fd)
                 other = comparison.of_file(fd, size)
                 longest = os.fstat(fd).st_size
             return [(first * size, count * size)
                     for first, count in comparison.find(
-                        image, other, -(-max(length, longest) // size))]
-        finally:
-            os.close(fd)
+                        image, other, -(-max(length, longest) // size),
+                        size)]
 
     def _window(self, image_id: str) -> tuple[comparison.Window, int]:
         """The digests of an image that has a slot, and its bytes."""

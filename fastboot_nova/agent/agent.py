@@ -248,16 +248,16 @@ class Agent:
 
         self._sync.ask(image_id, complete)
 
-    def differences(self, image_id: str,
-                    file: str) -> list[tuple[int, int]]:
+    def differences(self, image_id: str, base: pathlib.Path | str,
+                    ) -> list[tuple[int, int]]:
         """See :meth:`host.Host.differences`.
 
         :raises Unavailable: they are too many to be told.
         """
-        found = self._host.differences(image_id, pathlib.Path(file))
+        found = self._host.differences(image_id, base)
         if len(found) > _EXTENTS:
             raise exception.Unavailable(
-                f'{file} and image {image_id} differ in {len(found)} '
+                f'{base} and image {image_id} differ in {len(found)} '
                 f'places; {_EXTENTS} are told at most')
         return found
 

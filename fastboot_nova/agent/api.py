@@ -6,6 +6,7 @@ ids, and absolute paths that are only ever looked at.
 """
 
 import os
+import pathlib
 import re
 from collections.abc import Callable
 from typing import Any, Final, Protocol
@@ -36,8 +37,8 @@ class Served(Protocol):
 
     def prepare(self, image_id: str) -> None: ...
 
-    def differences(self, image_id: str,
-                    file: str) -> list[tuple[int, int]]: ...
+    def differences(self, image_id: str, base: pathlib.Path | str,
+                    ) -> list[tuple[int, int]]: ...
 
     def sync(self) -> None: ...
 
@@ -75,7 +76,7 @@ def routes(agent: Callable[[], Served],
         return {}
 
     def differences(body: localapi.Body) -> localapi.Body:
-        return {'extents': agent().differences(_image(body), _file(body))}
+        return {'extents': agent().differences(_image(body), _base(body))}
 
     def sync(body: localapi.Body) -> localapi.Body:
         agent().sync()
@@ -149,6 +150,18 @@ def _file(body: localapi.Body) -> str:
     if not _is_path(file):
         raise exception.Invalid('"file" is not a normal absolute path')
     return str(file)
+
+
+def _base(body: localapi.Body) -> pathlib.Path | str:
+    """What an image is compared with: a file, or another image.
+
+    :raises Invalid: it is neither, or both.
+    """
+    if 'other' not in body:
+        return pathlib.Path(_file(body))
+    if 'file' in body:
+        raise exception.Invalid('"file" or "other", not both')
+    return journal.validate_image_id(body['other'])
 
 
 def _holder(body: localapi.Body) -> str:

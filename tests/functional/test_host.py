@@ -19,14 +19,7 @@ from images import (
     verify,
 )
 
-from fastboot_common import (
-    chain,
-    exception,
-    journal,
-    manifest,
-    overlay,
-    upkeep,
-)
+from fastboot_common import chain, exception, journal, manifest, upkeep
 from fastboot_nova import host as host_module
 
 
@@ -608,8 +601,7 @@ def test_differences(world, tmp_path):
     expected = [(4096 * 7, 8192), (4096 * 99, 4096), (4096 * 900, 8192)]
     world.publish('image', data, range(9))
     world.publish('snapshot', bytes(changed), range(9))
-    raw, stub = tmp_path / 'raw', tmp_path / (
-        overlay.base_name('snapshot') + overlay.SUFFIX)
+    raw = tmp_path / 'raw'
     raw.write_bytes(changed)
     source = CountingStore(world.path / 'repo')
     with world.host(source) as host:
@@ -617,19 +609,31 @@ def test_differences(world, tmp_path):
         with pytest.raises(exception.NotFound):
             host.differences('image', raw)
         host.acquire('image', 'guest')
-        chain.make_stub(stub, host.acquire('snapshot', 'guest'))
+        with pytest.raises(exception.NotFound):
+            host.differences('image', 'snapshot')
+        host.acquire('snapshot', 'guest')
         missing, before = right(host, world, 'image'), source.bytes
-        for base in raw, stub:
+        for base in raw, 'snapshot':
             assert host.differences('image', base) == expected
-        assert host.differences('snapshot', stub) == []
+        assert host.differences('snapshot', 'snapshot') == []
         assert source.bytes - before < 900 * 64, 'no blocks came'
         assert right(host, world, 'image') == missing > 800
-        for base in tmp_path, tmp_path / 'nothing':
+        for base in tmp_path, tmp_path / 'nothing', 'nothing':
             with pytest.raises(exception.FastbootError):
                 host.differences('image', base)
-        chain.make_disk(tmp_path / 'disk', stub, 1 << 30)
-        with pytest.raises(exception.Invalid, match='no raw file'):
-            host.differences('image', tmp_path / 'disk')
+
+
+def test_differences_of_what_a_guest_wrote(world, tmp_path):
+    """It is bytes, also if it looks like a disk on another image."""
+    data = disk(200 * 4096, 1, zeros=0)
+    world.publish('image', data, range(9))
+    stub, raw = tmp_path / 'stub', tmp_path / 'raw'
+    with world.host() as host:
+        host.sync()
+        chain.make_stub(stub, host.acquire('image', 'guest'))
+        raw.write_bytes(stub.read_bytes().ljust(len(data), b'\0'))
+        assert sum(length for _, length in host.differences(
+            'image', raw)) == len(data)
 
 
 @pytest.mark.parametrize('boot', [(), range(9)])

@@ -76,8 +76,11 @@ class Served:
     def prepare(self, image_id):
         journal.validate_image_id(image_id)
 
-    def differences(self, image_id, file):
-        self.release(image_id, 'nova', file)
+    def differences(self, image_id, base):
+        if isinstance(base, str):
+            self.prepare(base)
+        else:
+            self.release(image_id, 'nova', str(base))
         return [(0, 4096)]
 
     def sync(self):

@@ -97,7 +97,8 @@ class Handler(socketserver.StreamRequestHandler):
             agent.prepare(body)
         elif path == '/v1/differences':
             answer = {'extents': agent.host.differences(
-                body['image'], pathlib.Path(body['file']))}
+                body['image'], body.get('other') or pathlib.Path(
+                    body['file']))}
         else:
             try:
                 answer = agent.acquire(body)
@@ -830,6 +831,35 @@ def test_unshelve(place, monkeypatch, cached, failure):
     assert overlay.base_name('snapshot') not in subprocess.run(
         ['qemu-img', 'info', '-U', '--backing-chain', image.path],
         capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.parametrize('kind, asked', [
+    ('raw', 1), ('qcow2', 0), ('vdi', 0), ('vmdk', 0)])
+def test_unshelve_of_other_formats(place, tmp_path, kind, asked):
+    """Nova leaves them as they are without force_raw_images: their bytes are
+    not what the guest wrote."""
+    from fastboot_nova import driver
+    changed = bytearray(place.raw) + bytes(7 << 20)
+    changed[5 << 20:6 << 20] = os.urandom(1 << 20)
+    (tmp_path / 'raw').write_bytes(changed)
+
+    def download(target, **_):
+        subprocess.run(['qemu-img', 'convert', '-f', 'raw', '-O', kind,
+                        tmp_path / 'raw', target], check=True)
+
+    server = instance()
+    image = image_of(place, server)
+    image.cache(fetch_func=download, context=None, image_id='snapshot',
+                filename=imagecache.get_cache_fname('snapshot'),
+                size=16 << 20, trusted_certs=None)
+    assert overlay.backing_format(pathlib.Path(image.path)) == kind
+    spawn(place, image_of(place, server), 'image', size=None)
+    place.agent.calls.clear()
+    driver.FastbootLibvirtDriver._rebase_with_qemu_img(
+        image.path, str(place.base / overlay.base_name('image')))
+    assert backend.stub_of(image.path) == stub(place)
+    assert content(image.path) == changed.ljust(16 << 20, b'\0')
+    assert len(place.agent.calls) == asked
 
 
 def test_a_rebase_that_ends_in_the_middle(place, monkeypatch):

@@ -65,8 +65,12 @@ class Served:
         journal.validate_image_id(image_id)
         self._note('prepare', image_id)
 
-    def differences(self, image_id, file):
-        self.release(image_id, 'nova', file)
+    def differences(self, image_id, base):
+        if isinstance(base, pathlib.Path):
+            self.release(image_id, 'nova', str(base))
+        else:
+            journal.validate_image_id(base)
+            self._note('differences', image_id, base)
         return [(0, 4096), (8192, 4096)]
 
     def sync(self):
@@ -140,7 +144,10 @@ def test_verbs(path, served):
             ('POST', '/v1/release', WELL, 200),
             ('POST', '/v1/prepare', {'image': 'image-1'}, 202),
             ('POST', '/v1/differences', WELL, 200),
+            ('POST', '/v1/differences', {'image': 'a', 'other': 'b'}, 200),
             ('POST', '/v1/differences', {'image': 'image-1'}, 400),
+            ('POST', '/v1/differences', {**WELL, 'other': 'b'}, 400),
+            ('POST', '/v1/differences', {'image': 'a', 'other': 5}, 400),
             ('POST', '/v1/sync', {}, 202),
             ('GET', '/v1/images', None, 200),
             ('GET', '/v1/images/image-1', None, 200),
@@ -192,7 +199,8 @@ PATHS = st.one_of(
                              'differences']),
        body=st.fixed_dictionaries({}, optional={
            'image': ANY | st.just('image-1'), 'holder': ANY | st.just('nova'),
-           'file': ANY | PATHS, 'offset': ANY, 'length': ANY, 'x': ANY}))
+           'file': ANY | PATHS, 'offset': ANY, 'length': ANY, 'x': ANY,
+           'other': ANY | st.just('image-2')}))
 def test_any_body(path, served, verb, body):
     """Whatever it holds: what is called is sane, and all else is a 400."""
     status, answer = call(path, 'POST', f'/v1/{verb}', json.dumps(body))

@@ -146,6 +146,10 @@ def test_differences(path):
         assert line(path).differences('i', pathlib.Path('/b')) == [
             (0, 5), (9, 1)]
     assert body_of(heard) == ('/v1/differences', {'image': 'i', 'file': '/b'})
+    path.unlink()
+    with agent(path, answer(200, {'extents': []})) as heard:
+        assert line(path).differences('i', 'j') == []
+    assert body_of(heard) == ('/v1/differences', {'image': 'i', 'other': 'j'})
 
 
 @pytest.mark.parametrize('extents', [

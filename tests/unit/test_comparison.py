@@ -55,7 +55,7 @@ def room(tmp_path_factory):
 
 
 @given(old=KINDS, new=KINDS, tail=st.binary(max_size=100),
-       piece=st.sampled_from([1, 2, 5, 4096]))
+       piece=st.sampled_from([1, 2, 5, 4096]).map(SIZE.__mul__))
 def test_a_file(room, old, new, tail, piece):
     """What is told, put over the image, makes the file; and no more is."""
     data = content(old, tail)
@@ -64,7 +64,7 @@ def test_a_file(room, old, new, tail, piece):
     try:
         count = max(len(new), -(-len(data) // SIZE))
         found = list(comparison.find(
-            comparison.of_file(fd, SIZE), image(new), count))
+            comparison.of_file(fd, SIZE), image(new), count, SIZE))
     finally:
         comparison._PIECE = before
         os.close(fd)
@@ -81,7 +81,8 @@ def test_a_file(room, old, new, tail, piece):
 def test_an_image(old, new):
     count = max(len(old), len(new), 1)
     found = {at for first, length in comparison.find(
-        image(old), image(new), count) for at in range(first, first + length)}
+        image(old), image(new), count, SIZE)
+        for at in range(first, first + length)}
     assert found == {at for at in range(count) if (
         (old + [0] * count)[at] != (new + [0] * count)[at])}
 
@@ -90,8 +91,8 @@ def test_digests_of_zeros_at_their_ends():
     """Numpy's strings would take them for shorter ones."""
     one, other = np.zeros((1, 32), np.uint8), np.zeros((1, 32), np.uint8)
     other[0, 31] = 1
-    assert list(comparison.find(lambda *_: one, lambda *_: other, 1)) == [
-        (0, 1)]
+    assert list(comparison.find(lambda *_: one, lambda *_: other, 1,
+                                SIZE)) == [(0, 1)]
 
 
 def test_what_is_no_base(tmp_path):
@@ -101,6 +102,7 @@ def test_what_is_no_base(tmp_path):
     with pytest.raises(exception.NotFound):
         comparison.open_base(tmp_path / 'link')
     os.mkfifo(tmp_path / 'pipe')
-    for path in tmp_path, tmp_path / 'pipe':
+    (tmp_path / 'secret').touch(0o640)
+    for path in tmp_path, tmp_path / 'pipe', tmp_path / 'secret':
         with pytest.raises(exception.Invalid):
             comparison.open_base(path)
