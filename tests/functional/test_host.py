@@ -7,8 +7,10 @@ import itertools
 import os
 import random
 import sqlite3
+import threading
 import types
 
+import numpy as np
 import pytest
 from images import (
     CountingStore,
@@ -126,7 +128,6 @@ def test_offline_with_a_part_only(world):
         source.broken = ()
         host.ensure('image', 2000 * 4096, 4096)
         one, _ = host.find('image')
-        import numpy as np
         assert one.slot_of('image').entries(np.array([2000]))[0] > 1
         assert host.hydrate('image')
         assert right(host, world, 'image') == 0
@@ -578,7 +579,6 @@ def test_ensure(world):
             host.ensure('../image', 0, 1)
         host.ensure('image', len(data), 0)
         rng = random.Random(1)
-        import numpy as np
         one, _ = host.find('image')
         for _ in range(20):
             offset = rng.randrange(len(data))
@@ -712,6 +712,54 @@ def test_hydration_goes_on_where_it_ended(world):
     size = sum(size for _, size, _ in source.list('packs'))
     # At most one frame (and the indexes) twice.
     assert first + source.bytes < size * 1.2 + (1 << 20)
+
+
+def test_the_order_of_hydration(world, monkeypatch):
+    """The boot set as it was read, and then what is behind the other."""
+    data = disk(3000 * 4096, 1, zeros=0)
+    boot = [2500, 100, 1700]
+    world.publish('image', data, boot)
+    with world.host() as host:
+        host.mirror.refresh()
+        image = host.image('image')
+        host.mirror.pull(image)
+        monkeypatch.setattr(host.mirror, 'frames', lambda found, numbers:
+                            asked.append(numbers.tolist()) or frames(
+                                found, numbers))
+        asked, frames = [], type(host.mirror).frames.__get__(host.mirror)
+        # As it is before a thaw: the slot is there and has no data.
+        host.open_volume(image.domain).make_slot(
+            host_module.volume.Image('image', image.serial, image.manifest,
+                                     image.virtual_size),
+            host_module.data_blocks(host.mirror.read_manifest(
+                image.manifest)))
+        assert host.hydrate('image')
+        assert asked[0] == boot
+        rest = [number for part in asked[1:] for number in part]
+        assert rest == sorted(set(range(3000)) - set(boot))
+        assert right(host, world, 'image') == 0
+
+
+def test_a_miss_does_not_wait_for_hydration(world):
+    """However long that has to wait for its turn."""
+    world.publish('image', disk(3000 * 4096, 1, zeros=0), range(9))
+    with world.host() as host, \
+            concurrent.futures.ThreadPoolExecutor(1) as pool:
+        host.sync()
+        host.acquire('image', 'guest')
+        waits, goes_on = threading.Event(), threading.Event()
+        done = pool.submit(host.hydrate, 'image', pace=lambda count: (
+            waits.set(), goes_on.wait(60)))
+        try:
+            assert waits.wait(60)
+            one, _ = host.find('image')
+            host.ensure('image', 2999 * 4096, 4096)
+            assert one.slot_of('image').entries(np.array([2999])).all()
+            assert not done.done()
+        finally:
+            goes_on.set()
+        assert done.result(60)
+        assert right(host, world, 'image') == 0
 
 
 def test_one_bad_image_does_not_stop_the_others(world):
