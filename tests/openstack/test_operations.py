@@ -779,7 +779,10 @@ def test_off_the_shelf_where_blocks_are_missing(user, clean, tmp_path):
     guest.compute.shelve_server(guest.id)
     user.wait(lambda: guest.server.status == 'SHELVED_OFFLOADED', 180,
               'the shelf')
-    guest.compute.unshelve_server(guest.id, host='h2')
+    done = guest.compute.post(
+        f'/servers/{guest.id}/action', microversion='2.91',
+        json={'unshelve': {'host': 'h2'}})
+    assert done.status_code == 202, done.text
     guest.wait('ACTIVE', 300)
     assert guest.host == 'h2'
     row = user.ask_agent('h2', 'GET', f'/v1/images/{image}')
