@@ -280,20 +280,62 @@ for line in open('/proc/net/dev'):
 '''
 
 
-def break_out(ports, name, hosts):
+# The process that bakes, which libvirt lives in, once it is who it will be.
+_OVEN = '''
+import json, os, socket, sys, types
+sys.path[:] = json.loads(sys.argv.pop(1))
+sys.modules['libvirt'] = types.SimpleNamespace(**{
+    f'VIR_DOMAIN_EVENT_STOPPED_{end}': end for end in (
+        'SHUTDOWN', 'DESTROYED', 'CRASHED', 'FAILED')})
+from fastboot_glance import oven
+request = json.loads(sys.argv.pop(1))
+oven.move_in(request)
+oven.drop(request['uid'], request['gid'])
+os.chdir('/')
+for line in open('/proc/self/status'):
+    word, _, value = line.partition(':')
+    if word in ('CapInh', 'CapPrm', 'CapEff'):
+        assert not int(value, 16), line
+    if word == 'NoNewPrivs':
+        assert int(value), line
+    if word in ('Uid', 'Gid'):
+        assert set(value.split()) == {str(request[word.lower()])}, line
+'''
+
+
+def baking(sandbox, limits, room):
+    """The command of a program where one would be that breaks out of the
+    process that bakes."""
+    uid, gid = sandbox.ids
+    sandbox.own(room)
+    home = '/run' if os.geteuid() == 0 else str(room)
+    request = {'room': str(room), 'home': home, 'uid': uid, 'gid': gid,
+               'mounts': os.stat('/proc/self/ns/mnt').st_ino}
+    return [*sandbox.enclosure(limits), sys.executable, '-P', '-c',
+            _OVEN + _BREAKOUT, json.dumps(sys.path), json.dumps(request)]
+
+
+def capturing(sandbox, limits, room):
+    """The same, of the QEMU of a capture."""
+    return [*sandbox.prefix(limits), _PYTHON, '-I', '-c', _BREAKOUT]
+
+
+def break_out(where, ports, name, hosts):
     """What a program in the sandbox says that it reaches."""
     sandbox = guest.Sandbox('nobody')
     if not sandbox.isolated:
         return None
-    prefix = sandbox.prefix(guest.Limits(1 << 30, 1 << 20, 10))
-    said = subprocess.run(
-        [*prefix, _PYTHON, '-I', '-c', _BREAKOUT,
-         *map(str, ports), name.hex(), *hosts], cwd='/', text=True,
-        capture_output=True, check=True, timeout=60).stdout
+    with tempfile.TemporaryDirectory() as room:
+        command = where(sandbox, guest.Limits(1 << 30, 1 << 20, 10),
+                        pathlib.Path(room))
+        done = subprocess.run(
+            [*command, *map(str, ports), name.hex(), *hosts], cwd='/',
+            text=True, capture_output=True, timeout=60)
+    assert done.returncode == 0, done.stderr
     # Of processes it sees itself, unless a container forbids a /proc.
-    if '--mount-proc' in prefix:
-        assert said.startswith('1\n'), said
-    return said.partition('\n')[2]
+    if '--mount-proc' in command:
+        assert done.stdout.startswith('1\n'), done.stdout
+    return done.stdout.partition('\n')[2]
 
 
 @as_root
@@ -361,16 +403,21 @@ def drop():
         os.setuid(account.pw_uid)
 
 
-@pytest.mark.parametrize('run_as', [
-    pytest.param(lambda function, *rest: function(*rest), marks=as_root,
-                 id='root'),
-    pytest.param(as_nobody, id='nobody')])
-def test_what_breaks_out_of_qemu_reaches_nothing(host, run_as):
+def as_we_are(function, *arguments):
+    return function(*arguments)
+
+
+@pytest.mark.parametrize('run_as, where', [
+    pytest.param(as_we_are, capturing, marks=as_root),
+    # It imports our code, which may be where nobody may not look.
+    pytest.param(as_we_are, baking, marks=as_root),
+    (as_nobody, capturing)])
+def test_what_breaks_out_of_qemu_reaches_nothing(host, run_as, where):
     name = b'\0fastboot-' + os.urandom(4)
     with socket.socket(socket.AF_UNIX) as hidden:
         hidden.bind(name)
         hidden.listen()
-        said = run_as(break_out, host.ports, name,
+        said = run_as(break_out, where, host.ports, name,
                       ['127.0.0.1', *addresses()])
     if said is None:
         pytest.skip('users have no namespaces of their own here')
