@@ -239,6 +239,19 @@ def test_the_check_names_them(world):
     assert 'Skipped' in words()
 
 
+@pytest.mark.parametrize('hours, stays', [(24, True), (0, False)])
+def test_microvms_that_went_are_kept_for_their_own_time(world, hours, stays):
+    world.conf.set_override('retention_hours', hours, 'bakery')
+    world.conf.set_override('grace_hours', 0.0, 'repository')
+    service = types.SimpleNamespace(_conf=world.conf, _records=world.records)
+    service._collect = functools.partial(builder.Builder._collect, service)
+    builder.Builder._tidy(service, None, types.SimpleNamespace(
+        repository=lambda: world.repository, tidy=lambda *_: 0))
+    found = world.repository.state()
+    assert bool(found.removed) is stays
+    assert bool(found.packs) is stays
+
+
 def test_builders_warn_of_the_last_numbers(world, caplog, monkeypatch):
     service = types.SimpleNamespace(_conf=world.conf)
     builder.Builder._collect(service, world.repository, 3600)
