@@ -381,9 +381,15 @@ class FastbootQcow2(imagebackend.Qcow2):
 
     @staticmethod
     def _usable(stub: pathlib.Path) -> bool:
-        with contextlib.suppress(exception.FastbootError):
-            overlay.follow(stub)
-            return True
+        """Whether it can be opened, and stays so while the agent is away.
+
+        Where hosts share their stubs, another one may have made it, and here
+        nothing keeps what it names.
+        """
+        with contextlib.suppress(exception.FastbootError, OSError):
+            link = overlay.follow(stub)
+            leases = link.volume.parent / 'leases' / link.image_id
+            return any(name[0] != '.' for name in os.listdir(leases))
         return False
 
     @staticmethod

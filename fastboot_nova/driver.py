@@ -9,8 +9,10 @@ Imports nova; only nova-compute loads it.
 import contextlib
 import copy
 import functools
+import hashlib
 import os
 import pathlib
+import re
 import time
 import types
 from typing import Any, Final
@@ -37,9 +39,9 @@ CONF = nova.conf.CONF
 #: What other hosts know a host with this driver by: a key in the statistics
 #: of its compute node, and the end of a file's name.
 MARK: Final = 'fastboot'
-#: The end of that name where the destination of a live migration has all
-#: blocks that the server's disks need.
-COMPLETE: Final = 'complete'
+#: The end of that name, by the destination of a live migration: whether it has
+#: all blocks that the server's disks need, and a digest of where they are.
+_WORD: Final = re.compile(r'.*\.(complete|lazy)-([0-9a-f]{16})')
 #: Seconds until digests of what a disk lies on are told, and until what
 #: differs is in the disk.
 _COMPARE_SECONDS: Final = 1800.0
@@ -239,9 +241,9 @@ class FastbootLibvirtDriver(driver.LibvirtDriver):
         data = super().pre_live_migration(context, instance, *args, **kwargs)
         stubs = self._stubs(instance)
         self._prepare(instance, stubs)
-        if stubs and all(_is_complete(stub) for stub in stubs.values()):
+        if stubs:
             # The file was there to be looked for before this.
-            data.filename = f'{data.filename}.{COMPLETE}'
+            data.filename = f'{data.filename}.{"-".join(_word(stubs))}'
         return data
 
     def _stubs(self, instance: Any, end: str = '') -> dict[str, pathlib.Path]:
@@ -429,7 +431,7 @@ class FastbootLibvirtDriver(driver.LibvirtDriver):
             device_names: list[str]) -> Any:
         """Nova's; returns why it failed, see :func:`_judge`."""
         describe = guest.get_xml_desc
-        complete = migrate_data.filename.endswith(f'.{COMPLETE}')
+        stubs, complete = self._stubs(instance), False
 
         @functools.wraps(describe)
         def portable(*args: Any, **kwargs: Any) -> str:
@@ -437,14 +439,19 @@ class FastbootLibvirtDriver(driver.LibvirtDriver):
 
         guest.get_xml_desc = portable
         try:
+            if stubs:
+                # It may have come to stand still since it was asked for.
+                self._check_not_waiting(instance)
+                complete = _is_complete(stubs, migrate_data.filename)
             own = self._definition(instance, migrate_data, guest)
             if own:
                 guest.migrate = functools.partial(_migrate, guest, own)
             super()._live_migration_operation(
                 context, instance, dest, block_migration, migrate_data,
                 guest, device_names)
-        except driver.libvirt.libvirtError as error:
-            if not self._stubs(instance):
+        except (driver.libvirt.libvirtError, exception.FastbootError,
+                nova_exception.MigrationPreCheckError, OSError) as error:
+            if not stubs:
                 raise
             # Nova 34 would have the server in ERROR after it has rolled all
             # back, if this was raised.
@@ -571,10 +578,38 @@ def _migrate(guest: Any, definition: str, *args: Any, **kwargs: Any) -> None:
     libvirt_guest.Guest.migrate(found, *args, **kwargs)
 
 
-def _is_complete(stub: pathlib.Path) -> bool:
-    with contextlib.suppress(exception.FastbootError):
-        return overlay.follow(stub).complete is not None
-    return False
+def _word(stubs: dict[str, pathlib.Path]) -> tuple[str, str]:
+    """Whether what disks lie on is complete here, and a digest of its places.
+
+    :raises FastbootError: something of it cannot be found.
+    """
+    links = [overlay.follow(stub) for stub in sorted(set(stubs.values()))]
+    places = [(link.image_id, str(link.volume), link.start, link.size,
+               link.virtual_size) for link in links]
+    return ('complete' if all(link.complete for link in links) else 'lazy',
+            hashlib.sha256(repr(places).encode()).hexdigest()[:16])
+
+
+def _is_complete(stubs: dict[str, pathlib.Path], filename: str) -> bool:
+    """Whether the destination of a live migration needs no export.
+
+    The chain that goes there says where a slot is in the volume here, and
+    reads whatever is at that place there.
+
+    :param filename: as the destination gave it back; an older one says
+        nothing.
+    :raises MigrationPreCheckError: there it is not where it is here.
+    """
+    told = _WORD.fullmatch(filename)
+    if told is None:
+        return False
+    if told[2] != _word(stubs)[1]:
+        raise nova_exception.MigrationPreCheckError(
+            reason='the volumes of both hosts are not alike, so the disk '
+                   'cannot be opened there as it is here: see that '
+                   'repository, state_dir and [host] volume_size are the '
+                   'same, or migrate the server when it is off')
+    return told[1] == 'complete'
 
 
 def _rebase(disk: pathlib.Path, stub: pathlib.Path) -> bool:

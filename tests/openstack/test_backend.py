@@ -5,6 +5,7 @@ Needs nova, but no cloud.
 """
 
 import contextlib
+import dataclasses
 import json
 import os
 import pathlib
@@ -452,6 +453,35 @@ def test_what_goes_where_all_is(place):
                            complete=True)
     assert '/complete/image' in xml
     assert 'nbd' not in xml and 'error_policy' not in xml
+
+
+def test_what_a_destination_vouches_for(place, monkeypatch):
+    """All that the chain says of places, and no more."""
+    from fastboot_nova import driver
+    spawn(place, image_of(place))
+    stubs = {'disk': stub(place)}
+    state, digest = driver._word(stubs)
+    assert state == 'lazy'
+    place.host.hydrate('image')
+    assert driver._word(stubs) == ('complete', digest)
+    link = overlay.follow(stub(place))
+    for change in ({'start': link.start + 65536}, {'size': link.size + 1},
+                   {'virtual_size': 5 << 20}, {'image_id': 'another'},
+                   {'volume': link.volume.with_name('x')}):
+        monkeypatch.setattr(overlay, 'follow', lambda path, change=change:
+                            dataclasses.replace(link, **change))
+        assert driver._word(stubs)[1] != digest, change
+
+
+def test_a_stub_that_nothing_keeps(place):
+    """Another host made it, where they share them."""
+    image = image_of(place)
+    spawn(place, image)
+    place.agent.fails = (503, {'error': 'x'})
+    assert image.restore(stub(place)) == stub(place)
+    place.host.release('image', 'nova')
+    with pytest.raises(nova_exception.InvalidDiskInfo):
+        image.restore(stub(place))
 
 
 def test_a_lost_stub_is_made_again(place):

@@ -19,6 +19,7 @@ from nova.virt.libvirt import driver as stock  # noqa: E402
 from nova.virt.libvirt import guest as libvirt_guest  # noqa: E402
 from nova.virt.libvirt import migration  # noqa: E402
 
+from fastboot_common import exception  # noqa: E402
 from fastboot_common.microvm import template  # noqa: E402
 from fastboot_nova import driver, notice, spawn  # noqa: E402
 from fastboot_nova.microvm import resume  # noqa: E402
@@ -56,7 +57,7 @@ def migrated(monkeypatch, runs):
         monkeypatch.setattr(one, 'libvirt', libvirt)
     made = object.__new__(driver.FastbootLibvirtDriver)
     made._block_migration_flags = made._live_migration_flags = 0
-    made._host = None
+    made._host, made._is_local = None, False
     monkeypatch.setattr(made, '_is_post_copy_enabled', lambda flags: False)
     domain = Domain(runs)
     made._live_migration_operation(
@@ -164,6 +165,7 @@ def test_a_guest_that_ended_has_not_moved(made, monkeypatch, seconds, moves,
     for name, value in (('_is_post_copy_enabled', False), ('_get_vpmems', []),
                         ('_live_migration_data_gb', 2),
                         ('live_migration_abort', None),
+                        ('_check_not_waiting', None),
                         ('_stubs', {'disk': 'stub'} if lazy else {})):
         monkeypatch.setattr(made, name, lambda *words, value=value: value)
     data = migrate_data.LibvirtLiveMigrateData(
@@ -334,11 +336,18 @@ def test_what_others_are_told_of_this_host(made, monkeypatch, tmp_path,
     assert (tmp_path / name).exists()
 
 
+HERE, THERE = '0' * 16, '1' * 16
+
+
+def word_of(stubs):
+    return 'lazy' if 'lazy' in stubs.values() else 'complete', HERE
+
+
 @pytest.mark.parametrize('stubs, name', [
-    ((), 'file.fastboot'), (('lazy',), 'file.fastboot'),
-    (('whole', 'lazy'), 'file.fastboot'),
-    (('whole', 'whole'), 'file.fastboot.complete')])
-def test_a_destination_says_that_it_has_all(made, monkeypatch, stubs, name):
+    ((), 'file.fastboot'), (('lazy',), f'file.fastboot.lazy-{HERE}'),
+    (('whole', 'lazy'), f'file.fastboot.lazy-{HERE}'),
+    (('whole', 'whole'), f'file.fastboot.complete-{HERE}')])
+def test_a_destination_says_what_it_has(made, monkeypatch, stubs, name):
     """After the name of the file was used as one."""
     monkeypatch.setattr(
         stock.LibvirtDriver, 'pre_live_migration',
@@ -347,5 +356,45 @@ def test_a_destination_says_that_it_has_all(made, monkeypatch, stubs, name):
     monkeypatch.setattr(made, '_stubs', lambda instance: dict(
         enumerate(stubs)))
     monkeypatch.setattr(made, '_prepare', lambda instance, stubs: None)
-    monkeypatch.setattr(driver, '_is_complete', 'whole'.__eq__)
+    monkeypatch.setattr(driver, '_word', word_of)
     assert made.pre_live_migration(None, made.server).filename == name
+
+
+@pytest.mark.parametrize('name, complete', [
+    ('file.fastboot', False), ('file', False),
+    (f'file.fastboot.lazy-{HERE}', False),
+    (f'file.fastboot.complete-{HERE}', True),
+    (f'file.fastboot.complete-{HERE}x', False)])
+def test_a_source_believes_what_is_like_its_own(monkeypatch, name, complete):
+    monkeypatch.setattr(driver, '_word', word_of)
+    assert driver._is_complete({'disk': 'lazy'}, name) is complete
+
+
+@pytest.mark.parametrize('fails', ['volume', 'chain', 'waits'])
+def test_a_migration_that_is_refused_leaves_the_server(
+        made, monkeypatch, fails):
+    """Nova would have it in ERROR if this was raised."""
+    refusal = driver.nova_exception.MigrationPreCheckError(reason='no')
+
+    def operation(self, *words):
+        assert fails == 'chain'
+        raise exception.Corrupt('no')
+
+    def check(instance):
+        if fails == 'waits':
+            raise refusal
+
+    monkeypatch.setattr(stock.LibvirtDriver, '_live_migration_operation',
+                        operation)
+    monkeypatch.setattr(made, '_stubs', lambda instance: {'disk': 'whole'})
+    monkeypatch.setattr(made, '_check_not_waiting', check)
+    monkeypatch.setattr(made, '_definition', lambda *words: None)
+    monkeypatch.setattr(driver, '_word', word_of)
+    place = THERE if fails == 'volume' else HERE
+    error = made._live_migration_operation(
+        None, made.server, 'h2', False, types.SimpleNamespace(
+            filename=f'file.fastboot.complete-{place}'),
+        types.SimpleNamespace(get_xml_desc=None), [])
+    assert isinstance(error, {
+        'chain': exception.Corrupt}.get(fails, type(refusal)))
+    assert ('volume_size' in str(error)) == (fails == 'volume')
