@@ -62,7 +62,6 @@ def _run(command: Sequence[str], timeout: float,
          stdin: int | BinaryIO = subprocess.DEVNULL) -> bytes:
     """Run a program to its end and return what it printed.
 
-
     :raises CommandFailed: it failed or took too long.
     """
     try:

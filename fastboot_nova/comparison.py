@@ -7,7 +7,6 @@ is not all here, that would bring all of it over the network. Digests tell
 the same, and no block of the image is read.
 """
 
-import errno
 import os
 import pathlib
 import stat
@@ -17,7 +16,14 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from fastboot_common import blocks, exception, extents, manifest, pack
+from fastboot_common import (
+    blocks,
+    exception,
+    extents,
+    files,
+    manifest,
+    pack,
+)
 
 Digests = npt.NDArray[np.uint8]
 #: Of a range of blocks (first, count), a digest each; zeros have none.
@@ -69,7 +75,7 @@ def of_file(fd: int, block_size: int) -> Window:
     def window(first: int, count: int) -> Digests:
         found = _none(count)
         begin, end = first * block_size, (first + count) * block_size
-        if not _has_data(fd, begin, end):
+        if not any(files.data_ranges(fd, begin, end)):
             return found
         data = blocks.read_exactly(fd, end - begin, begin)
         which = blocks.nonzero(data, block_size)
@@ -99,15 +105,6 @@ def open_base(path: pathlib.Path) -> int:
         os.close(fd)
         raise exception.Invalid(f'{path} is no file for everybody')
     return fd
-
-
-def _has_data(fd: int, begin: int, end: int) -> bool:
-    try:
-        return os.lseek(fd, begin, os.SEEK_DATA) < end
-    except OSError as error:
-        if error.errno != errno.ENXIO:
-            raise
-        return False  # nothing but a hole, or behind the end
 
 
 def _none(count: int) -> Digests:

@@ -31,7 +31,7 @@ from oslo_log import log as logging
 from oslo_utils import fileutils, units
 
 from fastboot_common import chain, exception, files, overlay, qemu
-from fastboot_nova import backend, client, spawn
+from fastboot_nova import backend, spawn
 
 LOG = logging.getLogger(__name__)
 CONF = nova.conf.CONF
@@ -654,10 +654,10 @@ def _differences(image_id: str, base: pathlib.Path | str,
                  ) -> list[tuple[int, int]]:
     """See :meth:`client.Agent.differences`; patient with others who ask."""
     deadline = time.monotonic() + _COMPARE_SECONDS
-    told = client.Agent(CONF.fastboot.agent_socket, _COMPARE_SECONDS)
     while True:
         try:
-            return told.differences(image_id, base)
+            return backend.agent(_COMPARE_SECONDS).differences(
+                image_id, base)
         except exception.Busy:
             if time.monotonic() > deadline:
                 raise
