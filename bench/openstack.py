@@ -26,8 +26,8 @@ from cloud import layout as layouts  # noqa: E402
 from cloud.user import Boot, CloudError, User  # noqa: E402
 from parts import settings  # noqa: E402
 
+from bench import ballast, result  # noqa: E402
 from bench import lab as labs  # noqa: E402
-from bench import result  # noqa: E402
 from fastboot_glance import import_plugin  # noqa: E402
 
 HOST = 'h2'
@@ -38,6 +38,11 @@ MIB = 1 << 20
 #: The test image: every byte of its disk goes over the link.
 GUEST = ['build', '--suite', 'bookworm', '--format', 'raw']
 CROWD = 20
+#: Seconds in which Nova and Neutron tidy up after the server before, and an
+#: agent that was started looks at the repository. Servers seldom start then.
+CALM = 5
+#: Bytes that a guest and its QEMU may touch as they start.
+GUEST_MEMORY = 1 << 30
 _HIT = re.compile(r'hit for image \S+ in (\d+) ms \(agent (\d+) ms, '
                   r'(\d+) bytes thawed\)')
 _MISS = re.compile(r'miss for image \S+ after (\d+) ms')
@@ -94,8 +99,14 @@ class Bench:
 
     def boot(self, image: str, prompt: bool = False, **more: Any) -> Boot:
         """One server; gone again when this returns."""
-        found = self.user.boot('bench', image, HOST,
-                               prompt='login:' if prompt else '', **more)
+        time.sleep(CALM)
+        with self.user.hypervisor(HOST) as hypervisor:
+            before = hypervisor.numOfDomains()
+            with ballast.held(GUEST_MEMORY, lambda: (
+                    hypervisor.numOfDomains() > before)):
+                found = self.user.boot(
+                    'bench', image, HOST,
+                    prompt='login:' if prompt else '', **more)
         self.user.delete(found.server)
         return found
 
@@ -107,8 +118,6 @@ class Bench:
             subprocess.run(['rm', '-rf', volumes], check=True)
         self.user.wait(lambda: bool(self.user.ask_agent(
             HOST, 'GET', '/v1/status')), 60, 'the agent')
-        # It looks at the repository first; hosts seldom start just then.
-        time.sleep(10)
         _forget_pages()
 
     @contextlib.contextmanager
@@ -206,14 +215,13 @@ def warm(bench: Bench) -> None:
 
 def resumed(bench: Bench) -> None:
     """A µVM of the image is on the host."""
-    add, runs, most = bench.table.add, bench.runs, bench.most
+    add, runs = bench.table.add, bench.most
     image = _microvm(bench)
-    boots = _booted(bench, image, answers=runs)
-    ours = [_resumed(bench, image, answer=number < runs)
-            for number in range(most)]
-    add('ACTIVE, resumed', _active(ours), 's', runs=most)
+    boots = _booted(bench, image, answer=True)
+    ours = [_resumed(bench, image, answer=True) for _ in range(runs)]
+    add('ACTIVE, resumed', _active(ours), 's', runs=runs)
     add('ACTIVE, resumed - booted from local blocks',
-        _active(ours) - _active(boots), 's', 1.5, runs=most)
+        _active(ours) - _active(boots), 's', 1.5, runs=runs)
     add('first answer, resumed', _answer(ours), 's', runs=runs)
     add('first answer, booted from local blocks', _answer(boots), 's',
         runs=runs)
@@ -243,14 +251,11 @@ def _microvm(bench: Bench) -> str:
     return image
 
 
-def _booted(bench: Bench, image: str, answers: int = 0) -> list[Boot]:
-    """Servers of the same image that are not.
-
-    :param answers: how many are waited for until they answer.
-    """
+def _booted(bench: Bench, image: str, **more: Any) -> list[Boot]:
+    """Servers of the same image that are not."""
     with bench.user.booting_flavor('bench-boots') as flavor:
-        return [bench.boot(image, flavor=flavor, answer=number < answers)
-                for number in range(bench.most)]
+        return [bench.boot(image, flavor=flavor, **more)
+                for _ in range(bench.most)]
 
 
 #: Seconds that a resume may take, by default.
@@ -270,12 +275,8 @@ def _resumed(bench: Bench, image: str, log: str = 'resumed', **more: Any
 
 
 def _silent(bench: Bench, image: str) -> Boot:
-    """A server whose guest stands still as soon as it runs.
-
-    The agent is started anew: it would put aside what fails again and again.
-    """
-    bench.user.sandbox('restart', AGENT)
-    bench.user.wait_for_lanes(image, HOST, seconds=120)
+    """A server whose guest stands still as soon as it runs."""
+    _forgive(bench, image)
     with bench.user.suspending(HOST):
         return _resumed(bench, image, 'resume failed (wait)')
 
@@ -285,15 +286,20 @@ def _damaged(bench: Bench, image: str) -> Boot:
 
     More than the end: a description follows there that nobody reads.
     """
-    user = bench.user
-    user.sandbox('restart', AGENT)
-    # All of them: one that comes later would be whole.
-    user.wait_for_lanes(image, HOST, count=_LANES, seconds=120)
-    for lane in (user.home(HOST) / 'fastboot/host/microvms/lanes').iterdir():
+    _forgive(bench, image)
+    microvms = bench.user.home(HOST) / 'fastboot/host/microvms'
+    for lane in (microvms / 'lanes').iterdir():
         with lane.open('r+b') as file:
             file.seek(-(512 << 10), os.SEEK_END)
             file.write(bytes(512 << 10))
     return _resumed(bench, image, 'resume failed (load)')
+
+
+def _forgive(bench: Bench, image: str) -> None:
+    """Start the agent anew: it puts aside what fails again and again."""
+    bench.user.sandbox('restart', AGENT)
+    # All of them: one that comes later would be whole.
+    bench.user.wait_for_lanes(image, HOST, count=_LANES, seconds=120)
 
 
 def _answer(boots: list[Boot]) -> float:
