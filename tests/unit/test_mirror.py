@@ -500,3 +500,32 @@ def test_packs_that_were_dropped(tmp_path, repo, mirror):
     upkeep.collect(repo, 0, 0)
     with pytest.raises(exception.NotFound):
         same(mirror, image, data)
+
+
+def test_a_host_that_was_away_for_long(tmp_path, repo, source, mirror):
+    """It takes what is new; what it has and what others share, it keeps."""
+    base = disk(200 * BLOCK, 1, zeros=0)
+    put(repo, tmp_path / 'work', 'kept', base, range(200))
+    put(repo, tmp_path / 'work', 'gone', disk(100 * BLOCK, 2), range(100))
+    mirror.refresh()
+    for image in mirror.state.images.values():
+        mirror.pull(image)
+    repo.remove('gone')
+    data = base[:150 * BLOCK] + disk(20 * BLOCK, 3, zeros=0)
+    new = put(repo, tmp_path / 'work', 'new', data, range(170)).image
+    [(_, size)] = repo.state().packs.items() - mirror.state.packs.items()
+    repo.checkpoint()
+    assert upkeep.collect(repo, 0, 0).packs == 1
+    again = Mirror(tmp_path / 'mirror', source)
+    again.refresh()
+    assert sorted(again.state.images) == ['kept', 'new']
+    assert sum(map(again.pull, again.state.images.values())) == size
+    assert size < 40 * BLOCK
+    same(again, new, data)
+    assert again.prune({image.manifest for image
+                        in again.state.images.values()}) > 0
+    assert {path.name for path in local(again, 'packs')} == set(
+        again.state.packs)
+    source.gone = True
+    same(again, again.state.images['kept'], base)
+    same(again, new, data)
