@@ -17,6 +17,7 @@ from disks import (
 
 from fastboot_common import (
     exception,
+    files,
     journal,
     manifest,
     pack,
@@ -352,9 +353,23 @@ def test_entries_that_make_no_sense(repo, work, change):
         journal.apply(repo.state(), data)
 
 
+def visit(mirror):
+    """What a host does that is here."""
+    mirror.refresh()
+    images = mirror.state.images.values()
+    for image in images:
+        mirror.pull(image)
+        assert mirror.ready(image)
+    mirror.prune({image.manifest for image in images})
+    return files.disk_used(mirror.path)
+
+
 def test_soak(tmp_path, work):
-    """200 registrations, and deletions: space is what the live set needs."""
+    """200 registrations, and deletions, while hosts come and go: space is
+    what the live set needs."""
     repo = make_repository(tmp_path / 'repo')
+    hosts = [Mirror(tmp_path / f'host {number}', repo.store)
+             for number in range(4)]
     rng = random.Random(7)
     live = {}
     for number in range(200):
@@ -373,6 +388,10 @@ def test_soak(tmp_path, work):
             upkeep.collect(repo, 0, 0)
             repack.repack(repo, .9)
             upkeep.collect(repo, 0, 0)
+        # One is seldom here.
+        for rarity, host in enumerate(hosts, 1):
+            if rng.random() < 1 / (8 * rarity ** 2):
+                visit(host)
     all_well(repo)
     for name, data in live.items():
         assert read_back(repo, repo.image(name)) == data
@@ -380,3 +399,6 @@ def test_soak(tmp_path, work):
     for name, data in live.items():
         put(fresh, work, name, data)
     assert stored(repo) <= 1.1 * stored(fresh)
+    least = visit(Mirror(tmp_path / 'host', repo.store))
+    for host in hosts:
+        assert visit(host) <= 1.1 * least
