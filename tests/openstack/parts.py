@@ -89,19 +89,28 @@ def check_disk(user, server, disk, kind='qcow2'):
 
 
 @contextlib.contextmanager
-def settings(user, host, section, **values):
-    """A nova-compute with other settings."""
-    file = user.layout.etc / f'nova/compute-{host}.conf'
-    before = file.read_text()
+def configured(user, service, file, section, **values):
+    """A service with other settings.
+
+    :param file: below the directory of configurations.
+    """
+    path = user.layout.etc / file
+    before = path.read_text()
     # Of an option that stands there twice, the last counts.
-    file.write_text('\n'.join([before, f'[{section}]', *(
+    path.write_text('\n'.join([before, f'[{section}]', *(
         f'{name} = {value}' for name, value in values.items()), '']))
     try:
-        user.sandbox('restart', f'nova-compute@{host}')
+        user.sandbox('restart', service)
         yield
     finally:
-        file.write_text(before)
-        user.sandbox('restart', f'nova-compute@{host}')
+        path.write_text(before)
+        user.sandbox('restart', service)
+
+
+def settings(user, host, section, **values):
+    """A nova-compute with other settings."""
+    return configured(user, f'nova-compute@{host}',
+                      f'nova/compute-{host}.conf', section, **values)
 
 
 @contextlib.contextmanager

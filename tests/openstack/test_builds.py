@@ -6,7 +6,7 @@ import signal
 import subprocess
 
 import pytest
-from parts import tiny_disk
+from parts import AGENT, configured, tiny_disk
 
 pytestmark = pytest.mark.timeout(1800)
 
@@ -67,6 +67,34 @@ def test_private_images_have_a_volume_of_their_project(user, clean):
         f'*/images/{image}')]
     assert len(holders) == 1
     assert project in holders[0].replace('-', '')
+
+
+def test_a_first_boot(user, clean):
+    """The first server's reads are the boot set of an image that builders
+    could not boot."""
+    def properties():
+        return user.cloud.image.get_image(image).properties
+
+    text = 'nothing that builders wait for'
+    disk = tiny_disk(clean.directory, text.encode())
+    with configured(user, 'fastboot-builder', 'fastboot/fastboot.conf',
+                    'capture', timeout=5), \
+            configured(user, AGENT, 'fastboot/agent-h1.conf', 'agent',
+                       observe=10):
+        image = clean.image(user.upload('first', disk, disk_format='raw'))
+        user.wait_built(image, 600)
+        assert 'no boot set' in properties()['fastboot_error']
+        first = clean.boot(user.boot('first', image, 'h1', prompt=text))
+        assert first.log.startswith('hit'), first.log
+        user.wait(lambda: 'fastboot_error' not in properties(), 300,
+                  'a boot set')
+    found = user.fastboot_image(image)
+    assert found['capture']['state'] == 'observed'
+    user.wait_on_hosts(image)
+    second = clean.boot(user.boot('second', image, 'h2', prompt=text))
+    assert second.log.startswith('hit'), second.log
+    assert first.traffic.repository > 50 * 4096
+    assert second.traffic.repository < first.traffic.repository / 2
 
 
 def test_deleted_while_it_is_built(user, clean):
