@@ -421,20 +421,28 @@ class User:
                     if one.name == host)
 
     def hypervisor(self, host: str) -> Any:
-        """A connection to libvirt on a host, which it ends with the body."""
+        """A connection to libvirt on a host, which it ends with the body.
+
+        :raises CloudError: the host is not up.
+        """
         libvirt.registerErrorHandler(lambda context, error: None, None)
+        # Not by the path here: sockets have paths of 108 bytes at most.
         return contextlib.closing(libvirt.open(
-            f'qemu:///system?socket={self.home(host)}/libvirt/libvirt-sock'))
+            f'qemu:///system?socket=/proc/{self._first_process(host)}/root'
+            f'/run/libvirt/libvirt-sock'))
 
     def processes(self, host: str, program: str) -> list[int]:
         """Processes on a host whose program's name begins so.
 
         :raises CloudError: the host is not up.
         """
+        return members(namespace(self._first_process(host)), program)
+
+    def _first_process(self, host: str) -> int:
         record = Records(self.layout.run).get(f'node@{host}')
         if record is None:
             raise CloudError(f'{host} is not up')
-        return members(namespace(node.first_process(record)), program)
+        return node.first_process(record)
 
     # Spectators
 
