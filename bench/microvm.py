@@ -19,8 +19,8 @@ from collections.abc import Callable, Iterator
 from typing import Any, Final
 from unittest import mock
 
+from bench import ballast, result, servers, times
 from bench import lab as labs
-from bench import result, servers, times
 from fastboot_common import blocks, exception, publish, repository
 from fastboot_common.microvm import activation, artifact, clone, shelf
 from fastboot_common.store.local import LocalStore
@@ -32,6 +32,8 @@ MAIN: Final = labs.MAIN
 DERIVED: Final = 'deb12-nginx'
 CROWD: Final = 8
 MIB: Final = 1 << 20
+#: Bytes of its host's memory that a resumed guest touches.
+GUEST_MEMORY: Final = 400 * MIB
 #: Bytes of devices at a stream's end.
 _CUT: Final = 64 << 10
 _ENTROPY: Final = """\
@@ -234,7 +236,9 @@ def crowd(bench: Bench) -> None:
     baked = bench.artifact(MAIN)
     with contextlib.ExitStack() as stack:
         with bench.server('alone') as one:
-            alone = one.resume(one.furnish(baked), stage=activation.IDENTITY)
+            lane = one.furnish(baked)
+            ballast.touch(GUEST_MEMORY)
+            alone = one.resume(lane, stage=activation.IDENTITY)
         made = [stack.enter_context(bench.server(f'crowd-{number}'))
                 for number in range(CROWD)]
         ready = [one.furnish(baked) for one in made]
@@ -244,6 +248,7 @@ def crowd(bench: Bench) -> None:
             found[number] = made[number].resume(
                 ready[number], stage=activation.IDENTITY)
 
+        ballast.touch(CROWD * GUEST_MEMORY)
         labs.at_once([lambda number=number: start(number)  # type: ignore
                       for number in range(CROWD)])
         bench.say(_words('the last', max(
