@@ -22,10 +22,7 @@ def held(count: int, needed: Callable[[], bool]) -> Iterator[None]:
     :param count: bytes.
     :param needed: asked many times a second, in a thread.
     """
-    memory = mmap.mmap(-1, count, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(mmap.MADV_HUGEPAGE)
-    for offset in range(0, count, mmap.PAGESIZE):
-        memory[offset] = 1
+    memory = _touched(count)
     over = threading.Event()
 
     def watch() -> None:
@@ -47,5 +44,12 @@ def touch(count: int) -> None:
 
     :param count: bytes.
     """
-    with held(count, lambda: True):
-        pass
+    _touched(count).close()
+
+
+def _touched(count: int) -> mmap.mmap:
+    memory = mmap.mmap(-1, count, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    for offset in range(0, count, mmap.PAGESIZE):
+        memory[offset] = 1
+    return memory

@@ -38,8 +38,8 @@ MIB = 1 << 20
 #: The test image: every byte of its disk goes over the link.
 GUEST = ['build', '--suite', 'bookworm', '--format', 'raw']
 CROWD = 20
-#: Seconds in which Nova and Neutron tidy up after the server before, and an
-#: agent that was started looks at the repository. Servers seldom start then.
+#: Seconds in which Nova and Neutron tidy up after a server, and an agent that
+#: was started looks at its lanes. Servers seldom start just then.
 CALM = 5
 #: Bytes that a guest and its QEMU may touch as they start.
 GUEST_MEMORY = 1 << 30
@@ -98,8 +98,7 @@ class Bench:
         return self.boot(image, prompt=kind == 'cold' and first)
 
     def boot(self, image: str, prompt: bool = False, **more: Any) -> Boot:
-        """One server; gone again when this returns."""
-        time.sleep(CALM)
+        """One server; gone again when this returns, for a while."""
         with self.user.hypervisor(HOST) as hypervisor:
             before = hypervisor.numOfDomains()
             with ballast.held(GUEST_MEMORY, lambda: (
@@ -108,6 +107,7 @@ class Bench:
                     'bench', image, HOST,
                     prompt='login:' if prompt else '', **more)
         self.user.delete(found.server)
+        time.sleep(CALM)
         return found
 
     def make_cold(self, image: str) -> None:
@@ -118,6 +118,8 @@ class Bench:
             subprocess.run(['rm', '-rf', volumes], check=True)
         self.user.wait(lambda: bool(self.user.ask_agent(
             HOST, 'GET', '/v1/status')), 60, 'the agent')
+        # It looks at the repository first; hosts seldom start just then.
+        time.sleep(10)
         _forget_pages()
 
     @contextlib.contextmanager
@@ -300,6 +302,7 @@ def _forgive(bench: Bench, image: str) -> None:
     bench.user.sandbox('restart', AGENT)
     # All of them: one that comes later would be whole.
     bench.user.wait_for_lanes(image, HOST, count=_LANES, seconds=120)
+    time.sleep(CALM)
 
 
 def _answer(boots: list[Boot]) -> float:
