@@ -232,15 +232,24 @@ def resumed(bench: Bench) -> None:
 
 
 def fallbacks(bench: Bench) -> None:
-    """A µVM of the image is on the host, and does not come up."""
+    """A µVM of the image is on the host, and does not come up.
+
+    In turns with servers that boot: what is compared are fractions of a
+    second, and a machine does not stay as fast as it was.
+    """
     add, runs = bench.table.add, bench.most
     image = _microvm(bench)
-    cached = _active(_booted(bench, image))
-    refused = [_damaged(bench, image) for _ in range(runs)]
+    booted, refused, silent = [], [], []
+    with settings(bench.user, HOST, 'fastboot', resume_deadline=_DEADLINE), \
+            bench.user.booting_flavor('bench-boots') as flavor:
+        for _ in range(runs):
+            _forgive(bench, image)
+            booted.append(bench.boot(image, flavor=flavor))
+            refused.append(_damaged(bench, image))
+            silent.append(_silent(bench, image))
+    cached = _active(booted)
     add('ACTIVE, a load that is refused - booted from local blocks',
         _active(refused) - cached, 's', 1, runs=runs)
-    with settings(bench.user, HOST, 'fastboot', resume_deadline=_DEADLINE):
-        silent = [_silent(bench, image) for _ in range(runs)]
     add('ACTIVE, a guest that is silent - booted from local blocks',
         _active(silent) - cached, 's', _DEADLINE, runs=runs)
 

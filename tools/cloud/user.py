@@ -42,9 +42,11 @@ _PING: Final = '{"execute": "guest-ping"}'
 #: Suspends the next guest that comes to life on a host, then runs what it is
 #: given. It takes no processor before there is one.
 _SUSPEND: Final = '''
+old=$(virsh list --name)
 virsh event --event lifecycle --timeout 300 >/dev/null
 for n in $(seq 300); do
     for guest in $(virsh list --name --state-running); do
+        case "$old" in *"$guest"*) continue ;; esac
         virsh suspend "$guest"
         uuid=$(virsh domuuid "$guest")
         eval "$1"
