@@ -7,6 +7,7 @@ records remember what was refused, so that it is not tried again and again.
 """
 
 import hashlib
+import time
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -41,6 +42,7 @@ class Bakes:
                  register: registry.Registry,
                  platform: key.Platform | None) -> None:
         self._options = conf.bakery
+        self._again: float = conf.builder.error_hours * 3600
         self._board = board
         self._policies = policies
         self._records = store
@@ -122,13 +124,15 @@ class Bakes:
                                 platform=self.platform, microvm_class=group)
 
     def ended(self, image: images.Image, state: str, root: str,
-              reason: str) -> None:
+              reason: str, passing: bool = False) -> None:
         """There is no µVM, and nobody tries again unasked.
 
         :param state: ``refused`` or ``failed``.
+        :param passing: at least not soon: it was not the image's fault.
         """
         LOG.warning('image %s: not baked: %s', image.image_id, reason)
-        self.note(image, state, reason=reason, basis=self.basis(root))
+        self.note(image, state, reason=reason, basis=self.basis(root),
+                  stage=records.PASSING if passing else '')
         self.tell(image)
         self._registry.announce('not_baked', image.image_id,
                                 name=image.name, platform=self.platform,
@@ -207,8 +211,14 @@ class Bakes:
         if not self.platform or any(
                 one.platform == self.platform for one in there):
             return False
-        if known and known.state in _ENDS and known.basis == self.basis(root):
+        if (known and known.state in _ENDS and not self._is_due(known)
+                and known.basis == self.basis(root)):
             return False
         used = self._records.platforms()
         return not used or self.platform in used
+
+    def _is_due(self, ended: records.Microvm) -> bool:
+        """Whether what failed for a passing reason is to be tried again."""
+        return (self._again > 0 and ended.stage == records.PASSING
+                and time.time() - ended.updated >= self._again)
 

@@ -490,7 +490,7 @@ class Bake(Case):
     def _end(self, image: images.Image, words: str,
              passing: bool = False) -> None:
         root = self._tools.bakes.root(self._found(image))
-        self._tools.bakes.ended(image, 'failed', root, words)
+        self._tools.bakes.ended(image, 'failed', root, words, passing)
         staging.remove(self._tools.workdir, image.image_id)
 
     def _give_up(self, words: str) -> None:

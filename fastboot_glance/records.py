@@ -96,6 +96,8 @@ class Microvm:
     :ivar platform: of hosts, as its text.
     :ivar state: ``none`` (it waits for a builder), ``baking``, ``ready``,
         ``refused`` (the image's doing) or ``failed`` (ours).
+    :ivar stage: what it is at; in state ``failed``, ``PASSING`` if it was
+        not the image's fault.
     :ivar progress: of the stage, 0 to 1.
     :ivar basis: digest of what a refusal or failure is of: it would be so
         again until that changes.

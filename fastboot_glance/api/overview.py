@@ -170,7 +170,8 @@ def microvm_rows(known: Iterable[records.Microvm],
 def _microvm_row(one: records.Microvm) -> dict[str, Any]:
     return {
         'class': one.group, 'platform': one.platform, 'state': one.state,
-        'stage': one.stage, 'progress': one.progress, 'reason': one.reason,
+        'stage': one.stage if one.state == 'baking' else '',
+        'progress': one.progress, 'reason': one.reason,
         'bytes': one.bytes, 'seconds': one.seconds,
         'baked_at': iso(one.baked_at), 'updated_at': iso(one.updated),
     }

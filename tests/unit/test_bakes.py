@@ -4,6 +4,7 @@ Glance: tests/functional."""
 
 import dataclasses
 import io
+import time
 import types
 
 import pytest
@@ -239,6 +240,21 @@ def test_what_was_refused_is_remembered(world, state):
     assert not world.look()
     world.bakes.again(world.image)
     assert world.look()
+
+
+def test_what_failed_for_a_passing_reason(world, monkeypatch):
+    root = world.bakes.root(world.found)
+    world.bakes.ended(world.image, 'failed', root, 'Glance was away', True)
+    assert not world.look()
+    later = time.time() + 6 * 3600
+    monkeypatch.setattr(bakes, 'time', types.SimpleNamespace(
+        time=lambda: later))
+    assert world.look()
+    assert world.record.state == 'none'
+    # It is the image's fault by now.
+    world.bakes.ended(world.image, 'failed', root, 'it does not boot')
+    later += 3600 * 24
+    assert not world.look()
 
 
 def test_one_of_another_content_goes(world):
