@@ -31,7 +31,7 @@ from oslo_log import log as logging
 from oslo_utils import fileutils, units
 
 from fastboot_common import chain, exception, files, overlay, qemu
-from fastboot_nova import backend, spawn
+from fastboot_nova import backend, hold, spawn
 
 LOG = logging.getLogger(__name__)
 CONF = nova.conf.CONF
@@ -121,6 +121,53 @@ class FastbootLibvirtDriver(driver.LibvirtDriver):
                 return guest
         return super()._create_guest(context, xml, instance, power_on, pause,
                                      post_xml_callback)
+
+    # Pause
+
+    def pause(self, instance: Any) -> None:
+        """As Nova's; the agent does not resume it.
+
+        It resumes those that stand still for want of a block.
+        """
+        domain = self._host.get_guest(instance)._domain
+        self._hold(hold.mark, domain, instance)
+        try:
+            super().pause(instance)
+        finally:
+            with contextlib.suppress(driver.libvirt.libvirtError):
+                if domain.state() != hold.WAITING:
+                    self._hold(hold.unmark, domain, instance)
+
+    def unpause(self, instance: Any) -> None:
+        """As Nova's."""
+        self._hold(hold.unmark, self._host.get_guest(instance)._domain,
+                   instance)
+        super().unpause(instance)
+
+    def _hold(self, change: Any, domain: Any, instance: Any) -> None:
+        """Mark a server on local blocks, or unmark it, if that can be."""
+        try:
+            if self._stubs(instance):
+                change(domain)
+        except (driver.libvirt.libvirtError, OSError) as error:
+            LOG.warning('fastboot: the agent is not told of the pause: %s',
+                        error, instance=instance)
+
+    # Volumes
+
+    def _swap_volume(self, guest: Any, disk_dev: str, conf: Any,
+                     resize_to: int) -> None:
+        """As Nova's, which then defines what runs: of a resumed server the
+        template, which would boot with a part of its memory."""
+        if not spawn.is_resumed(guest.get_xml_desc()):
+            super()._swap_volume(guest, disk_dev, conf, resize_to)
+            return
+        defined = guest.get_xml_desc(dump_inactive=True, dump_sensitive=True)
+        super()._swap_volume(guest, disk_dev, conf, resize_to)
+        self._host.write_instance_config(spawn.with_disk(
+            defined, guest.get_xml_desc(dump_sensitive=True), disk_dev))
+
+    # Placement
 
     def update_provider_tree(
             self, provider_tree: Any, nodename: str,

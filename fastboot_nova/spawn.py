@@ -189,6 +189,37 @@ def is_resumed(xml: str) -> bool:
         f"devices/channel/target[@name='{template.PORT}']") is not None
 
 
+def with_disk(defined: str, live: str, device: str) -> str:
+    """A definition whose disk has the source of the one that runs.
+
+    :param defined: of a server that was resumed.
+    :param live: what runs, which is another machine.
+    :param device: the disk's name.
+    :raises Corrupt: one of them has no such disk.
+    """
+    tree = document.parse(defined)
+    ours = _disk(tree, device)
+    for child in list(ours):
+        if child.tag not in ('target', 'address', 'alias', 'boot'):
+            ours.remove(child)
+    theirs = _disk(document.parse(live), device)
+    ours.set('type', theirs.get('type', 'file'))
+    for child in theirs:
+        if child.tag not in ('target', 'address', 'alias', 'boot',
+                             'backingStore', 'mirror'):
+            child.attrib.pop('index', None)
+            ours.append(child)
+    return document.text_of(tree)
+
+
+def _disk(tree: document.Element, device: str) -> document.Element:
+    for disk in tree.iterfind('devices/disk'):
+        target = disk.find('target')
+        if target is not None and target.get('dev') == device:
+            return disk
+    raise exception.Corrupt(f'there is no disk {device}')
+
+
 def _check_wishes(instance: Any) -> None:
     """:raises NotFound: the owner, or the operator, wants no resume."""
     if not CONF.fastboot.resume:
@@ -262,6 +293,10 @@ class _Attempt:
         def prepared() -> None:
             self._disk.bake(self._lane.directory)
             prepare()
+            if self._instance.device_metadata:
+                # Nova has told, and tells the guest, where they are in the
+                # machine that is defined; this one has other places.
+                raise exception.Invalid('it has devices with tags or VLANs')
 
         return resume.resume(
             self._connection, self._lane, resume.Spec(

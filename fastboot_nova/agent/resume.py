@@ -15,6 +15,7 @@ from typing import Any, Final
 
 from oslo_log import log as logging
 
+from fastboot_nova import hold
 from fastboot_nova.agent import domains, worker
 from fastboot_nova.agent.domains import libvirt
 
@@ -90,8 +91,7 @@ class Resumer:
 
     def _is_ours(self, guest: Any) -> bool:
         try:
-            if guest.state() != [libvirt.VIR_DOMAIN_PAUSED,
-                                 libvirt.VIR_DOMAIN_PAUSED_IOERROR]:
+            if guest.state() != hold.WAITING:
                 return False
             # Its own disk is full: resuming would not help.
             if libvirt.VIR_DOMAIN_DISK_ERROR_NO_SPACE in (
@@ -100,6 +100,8 @@ class Resumer:
             tree = domains.description(guest)
         except libvirt.libvirtError:
             return False  # it ended meanwhile
+        if hold.is_marked(tree):
+            return False
         names = [value for source in tree.iterfind('.//disk//source')
                  for element in (source, *source.findall('host'))
                  for value in element.attrib.values()]
@@ -110,8 +112,13 @@ class Resumer:
         with contextlib.suppress(libvirt.libvirtError):
             for _ in range(_TRIES):
                 guest.resume()
+                if hold.is_marked(domains.description(guest)):
+                    # Its owner paused it while this was decided.
+                    guest.suspend()
+                    return False
                 if not self.worker.pause(_PAUSE):
                     return False
-                if guest.state()[0] != libvirt.VIR_DOMAIN_PAUSED:
-                    return True
+                state = guest.state()
+                if state != hold.WAITING:
+                    return bool(state[0] != libvirt.VIR_DOMAIN_PAUSED)
         return False

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from fastboot_common import chain
-from fastboot_nova import host, node
+from fastboot_nova import hold, host, node
 from fastboot_nova.agent import resume
 
 libvirt = pytest.importorskip('libvirt')
@@ -106,6 +106,13 @@ def run(room, write):
             stranger.look()
             assert guest.state()[0] == libvirt.VIR_DOMAIN_PAUSED
             assert not resumed
+            # Its owner wants it to stand still: libvirt does nothing then.
+            hold.mark(guest)
+            guest.suspend()
+            assert guest.state() == hold.WAITING
+            looker.look()
+            assert not looker._failures
+            hold.unmark(guest)
             # In vain: it pauses again, and is left alone for a while.
             looker.look()
             assert not resumed

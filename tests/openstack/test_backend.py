@@ -156,6 +156,7 @@ def instance(**more):
     return types.SimpleNamespace(**{
         'uuid': str(uuid.uuid4()), 'kernel_id': '', 'ramdisk_id': '',
         'flavor': flavor(), 'system_metadata': {}, 'task_state': None,
+        'device_metadata': None,
         'image_meta': types.SimpleNamespace(properties={}),
         **more})
 

@@ -23,10 +23,11 @@ from test_backend import spawn as make_disk
 libvirt = pytest.importorskip('libvirt')
 
 import microvms  # noqa: E402
+from nova import objects  # noqa: E402
 from nova.objects import image_meta  # noqa: E402
 
 from fastboot_common import chain, exception, overlay  # noqa: E402
-from fastboot_common.microvm import clone  # noqa: E402
+from fastboot_common.microvm import clone, document  # noqa: E402
 from fastboot_nova import spawn  # noqa: E402
 from fastboot_nova.microvm import remote, resume  # noqa: E402
 
@@ -267,3 +268,50 @@ def test_disks_that_are_novas_own(world, tmp_path):
     world.xml = microvms.saved_xml()
     assert world.attempt() is None
     assert not world.lane.returns
+
+
+def test_devices_with_tags(world, notices):  # noqa: F811
+    """Their metadata name places of the machine that is defined."""
+    def prepare(connection, lane, spec, prepare):
+        try:
+            prepare()
+        except exception.Invalid as error:
+            raise resume.ResumeFailed('define', str(error)) from error
+
+    world.resume = prepare
+    world.server.device_metadata = objects.InstanceDeviceMetadata(
+        devices=[objects.DiskMetadata(tags=['data'])])
+    assert world.attempt() is None
+    assert is_fresh(world)
+    event, _, reason = notices[-1]
+    assert event == 'fallback' and 'tags' in reason
+
+
+VOLUME = """<disk type='{kind}' device='disk'>
+  <driver name='qemu' type='{format}'/><source {source}>{inside}</source>
+  <target dev='vdb' bus='virtio'/><serial>volume</serial>
+  <address type='pci' bus='{bus}'/></disk>"""
+
+
+def test_a_volume_of_a_resumed_server_that_was_swapped():
+    defined = VOLUME.format(kind='file', format='qcow2', bus='0x00',
+                            source="file='/old'", inside='')
+    live = VOLUME.format(
+        kind='network', format='raw', bus='0x05',
+        source="protocol='rbd' name='new' index='3'",
+        inside="<host name='ceph'/>")
+    found = document.parse(spawn.with_disk(
+        f'<domain><memory>1024</memory><devices><disk><target dev="vda"/>'
+        f'</disk>{defined}</devices></domain>',
+        f'<domain><memory>512</memory><devices>{live}</devices></domain>',
+        'vdb'))
+    assert found.findtext('memory') == '1024'
+    _, disk = found.findall('devices/disk')
+    assert disk.get('type') == 'network' and disk.get('device') == 'disk'
+    assert disk.find('driver').get('type') == 'raw'
+    assert disk.find('source').attrib == {'protocol': 'rbd', 'name': 'new'}
+    assert disk.find('source/host').get('name') == 'ceph'
+    assert disk.find('address').get('bus') == '0x00'
+    assert [child.tag for child in disk].count('serial') == 1
+    with pytest.raises(exception.Corrupt):
+        spawn.with_disk('<domain/>', '<domain/>', 'vdb')
