@@ -42,6 +42,8 @@ SUFFIX: Final = '_sm'
 #: The disks that Nova makes as overlays. Others a guest may write as it likes,
 #: from the first byte: its config drive, for instance.
 _DISKS: Final = re.compile(r'disk(\.(rescue|local|swap|eph\d+))?')
+#: How Nova names a server's directory: its UUID, and an end now and then.
+_SERVER: Final = re.compile(r'[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,14 +147,30 @@ def is_empty(path: pathlib.Path) -> bool:
         return False
 
 
-def disks(instances: pathlib.Path, server: str = '*') -> list[pathlib.Path]:
+def disks(instances: pathlib.Path, server: str = '') -> list[pathlib.Path]:
     """The disks of servers that may be overlays.
 
+    Not by pathlib's glob: a directory that cannot be read is an empty one
+    there (of any error since Python 3.12, of permissions before), and disks
+    would count as gone.
+
     :param instances: Nova's ``instances_path``.
-    :param server: the directory of one of them.
+    :param server: the directory of one of them; '': all.
+    :raises OSError: what a server has cannot be read.
     """
-    return sorted(path for path in instances.glob(f'{server}/disk*')
-                  if _DISKS.fullmatch(path.name))
+    found: list[pathlib.Path] = []
+    for name in [server] if server else sorted(os.listdir(instances)):
+        try:
+            files = os.listdir(instances / name)
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError:
+            if server or _SERVER.match(name):
+                raise
+            continue  # lost+found, for instance, is root's
+        found += [instances / name / file for file in sorted(files)
+                  if _DISKS.fullmatch(file)]
+    return found
 
 
 def lying_on(base: pathlib.Path) -> Iterator[pathlib.Path]:
@@ -162,6 +180,7 @@ def lying_on(base: pathlib.Path) -> Iterator[pathlib.Path]:
     rescued, resized, on their way here.
 
     :param base: in Nova's directory of bases; it need not be there.
+    :raises OSError: a disk cannot be read, so nobody can tell.
     """
     for disk in disks(base.parent.parent):
         with contextlib.suppress(exception.FastbootError):

@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import hashlib
 import logging
+import math
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, Final
@@ -25,6 +26,9 @@ LOG = logging.getLogger(__name__)
 
 #: Seconds that an unfinished file is left alone at least: it may be in use.
 _UNFINISHED: Final = 86400
+#: Entries of the journal before those of interest that tell whether a clock
+#: was behind: more than a machine writes before its clock is set.
+_FURTHER: Final = 100
 
 Progress = Callable[[int], None]
 #: Serials of those deregistered images that are needed all the same.
@@ -240,7 +244,7 @@ def collect(repository: Repository, retention: float, grace: float,
     result = Collected()
 
     def build(state: journal.State) -> dict[str, Any] | None:
-        ages = _ages(repository, state)
+        ages = _ages(repository, state, retention)
         old = [gone.image for gone in state.removed.values()
                if ages[gone.time] >= retention]
         kept = needed(old) if old else ()
@@ -287,31 +291,54 @@ def collect(repository: Repository, retention: float, grace: float,
     return result
 
 
-def _ages(repository: Repository, state: journal.State) -> dict[str, float]:
+def _ages(repository: Repository, state: journal.State,
+          retention: float) -> dict[str, float]:
     """Seconds since each time at which something was removed or retired.
 
-    Where that is yet to come, the clock of who said so was wrong: it is as
-    long ago at least as the first entry after it whose time has come.
+    The clock of who said so may have been wrong, and the journal has an
+    order. A time that is yet to come is as long ago at least as the first
+    entry after it whose time has come. And none is longer ago than an entry
+    before it: that is looked at where something is old enough to go, some
+    entries further back.
     """
     ages = {moment: journal.age(moment) for moment in (
         *(gone.time for gone in state.removed.values()),
         *state.retired.values())}
-    ahead = {moment for moment, age in ages.items() if age < 0}
-    since, number = 0.0, state.version
-    while ahead and number:
+    due = {moment for moment, age in ages.items()
+           if age < 0 or age >= retention}
+    times = list(_times(repository, state, due))
+    since = 0.0
+    for moment, age in times:
+        if age < 0 and moment in ages:
+            ages[moment] = since
+        since = age if age >= 0 else since
+    youngest = math.inf
+    for moment, age in reversed(times):
+        if moment in ages:
+            ages[moment] = min(ages[moment], youngest)
+        youngest = min(youngest, age) if age >= 0 else youngest
+    return ages
+
+
+def _times(repository: Repository, state: journal.State,
+           due: set[str]) -> Iterator[tuple[str, float]]:
+    """Times and ages (seconds) of the entries, the newest first.
+
+    Down to some before the last of `due`, or to one that cannot be read.
+    """
+    number, further = state.version, _FURTHER
+    while number and (due or further):
         try:
             moment = journal.parse(repository.store.get(
                 store.entry_name(number), journal.ENTRY_LIMIT),
                 number)['time']
             age = journal.age(moment)
         except (*exception.UNREADABLE, LookupError, ValueError, TypeError):
-            break
-        if moment in ahead:
-            ages[moment] = since
-            ahead.remove(moment)
-        since = age if age >= 0 else since
+            return
+        further -= not due
+        due.discard(moment)
+        yield moment, age
         number -= 1
-    return ages
 
 
 def _kept(state: journal.State,

@@ -264,7 +264,8 @@ class Volume:
 
         :param pieces: the image's blocks that are not zeros, ascending.
         :raises NoSpace: the volume or its device is full.
-        :raises Invalid: another serial of the image has a slot.
+        :raises Invalid: another serial of the image has a slot, or another
+            image has the slot of this one.
         """
         if not qcow2.fits(image.virtual_size, self.block_size):
             raise exception.Invalid(
@@ -280,11 +281,33 @@ class Volume:
                 with contextlib.suppress(exception.NotFound):
                     return self.slot_of(image.image_id)
             with self._operation():
+                self._check_vacant(image)
                 files.write_atomically(
                     self.path / 'images' / image.image_id,
                     journal.canonical(dataclasses.asdict(image)))
                 self._write_slot(image, pieces)
             return self.slot_of(image.image_id)
+
+    def _check_vacant(self, image: Image) -> None:
+        """A slot in use is never written over: guests may read it.
+
+        A journal gives a serial once. One that was restored from a backup,
+        and written to, gives it again.
+
+        :raises Invalid: another image has this serial.
+        """
+        for other in self.images().values():
+            if other.serial == image.serial and (
+                    other.image_id != image.image_id):
+                raise exception.Invalid(
+                    f'image {image.image_id} has serial {image.serial}, and '
+                    f'so has {other.image_id}, which is in {self.path}: the '
+                    f'journal is not the one that this host followed')
+        with contextlib.suppress(exception.NotFound):
+            slot.Slot(self._fd, image.serial)
+            raise exception.Invalid(
+                f'{self.path}: slot {image.serial} is in use, and nothing '
+                f'says by which image')
 
     def _write_slot(self, image: Image,
                     pieces: Iterable[blocks.Blocks]) -> None:

@@ -316,7 +316,8 @@ class Host:
         """
         errors: list[exception.FastbootError] = []
         with self.mirror.following:
-            images = self.mirror.state.images
+            state = self.mirror.state
+            images = state.images
             keep = {image.manifest for image in images.values()}
             freed = 0
             opened, damaged = self._look()
@@ -324,10 +325,16 @@ class Host:
                 for image in one.images().values():
                     current = images.get(image.image_id)
                     try:
-                        if current and current.serial == image.serial:
+                        if current is None or current.serial != image.serial:
+                            if self._drop(one, image.image_id, evicted):
+                                continue
+                            # Guests need it: it may have been repacked
+                            # before it was deregistered.
+                            gone = state.removed.get(str(image.serial))
+                            current = gone.image if gone else None
+                        if current:
                             self._follow(one, image, current)
-                        elif self._drop(one, image.image_id, evicted):
-                            continue
+                            keep.add(current.manifest)
                     except exception.FastbootError as error:
                         errors.append(error)
                     keep.add(image.manifest)

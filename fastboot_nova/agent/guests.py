@@ -223,7 +223,8 @@ class Guests:
             alone = watch is not None and watch.asked == 1
             if watch:
                 watch.asked -= 1
-        if alone and _is_missing(file):
+        # An older one may be of a disk that still lies on it.
+        if alone and _is_missing(file) and not _is_needed(file):
             for one, lease in held:
                 one.expire(image_id, lease)
         # Otherwise the next looks will tell.

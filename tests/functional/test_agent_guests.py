@@ -106,6 +106,26 @@ def test_a_disk_that_lies_on_a_file_that_is_gone(host, base, clock, where):
     assert [one.reconcile() for _ in range(2)][-1] == 0
 
 
+def test_a_release_of_what_a_disk_lies_on(host, base):
+    """Who asked for the file did not know of the disk; it is as much
+    theirs."""
+    stub, disk = base / 'stub', base.parent / 'rescued' / 'disk.rescue'
+    one = make(host)
+    one.acquire('image', 'nova', str(stub))
+    chain.make_stub(stub, host.link('image'))
+    disk.parent.mkdir()
+    chain.make_disk(disk, stub, 1 << 30)
+    one.reconcile()
+    stub.unlink()
+    one.acquire('image', 'nova', str(stub))
+    one.release('image', 'nova', str(stub))
+    assert one.reconcile() == 1
+    disk.unlink()
+    one.acquire('image', 'nova', str(stub))
+    one.release('image', 'nova', str(stub))
+    assert one.reconcile() == 0
+
+
 def test_an_image_that_was_removed(world, host, base):
     """Disks that need it get it, from here or from the repository."""
     one = make(host)

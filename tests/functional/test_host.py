@@ -2,10 +2,12 @@
 """A host: following the repository, guests, misses, and what goes wrong."""
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import itertools
 import os
 import random
+import shutil
 import sqlite3
 import threading
 import types
@@ -21,7 +23,14 @@ from images import (
     verify,
 )
 
-from fastboot_common import chain, exception, journal, manifest, upkeep
+from fastboot_common import (
+    chain,
+    exception,
+    journal,
+    manifest,
+    upkeep,
+)
+from fastboot_common import repack as compaction
 from fastboot_nova import host as host_module
 
 
@@ -775,3 +784,59 @@ def test_one_bad_image_does_not_stop_the_others(world):
         assert state_of(host, 'good') == 'ready'
         host.acquire('good', 'guest')
         right(host, world, 'good')
+
+
+def test_repacked_and_deregistered_while_the_host_was_away(world):
+    """What the repository keeps for its guests is of use to them."""
+    kept = disk(200 * 4096, 1)
+    # The packs of one image have the blocks of both.
+    world.publish('bulk', disk(400 * 4096, 2) + kept, range(9))
+    world.publish('image', kept, range(9))
+    with world.host() as host:
+        host.sync()
+        host.acquire('image', 'guest')
+        before = host.find('image')[1].manifest
+    world.repository.remove('bulk')
+    upkeep.collect(world.repository, 0, 0)
+    assert compaction.repack(world.repository, .9)
+    world.repository.remove('image')
+    upkeep.collect(world.repository, 0, 0, needed=lambda images: {
+        image.serial for image in images})
+    with world.host() as host:
+        host.sync()
+        one, image = host.find('image')
+        assert image.manifest != before
+        host.ensure('image', 180 * 4096, 4096)
+        host.hydrate('image')
+        assert host.link('image').complete
+        assert not right(host, world, 'image')
+        host.release('image', 'guest')
+        host.drop_gone()
+        assert not one.images()
+
+
+def test_a_serial_that_a_journal_gives_twice(world):
+    """A backup of the repository was restored and written to, and this host
+    lost its own journal: nobody's blocks are another's."""
+    world.publish('first', disk(50 * 4096, 1), range(9))
+    backup = world.path / 'backup'
+    shutil.copytree(world.path / 'repo', backup)
+    world.publish('image', disk(200 * 4096, 2), range(9))
+    with world.host() as host:
+        host.sync()
+        host.acquire('image', 'guest')
+        host.hydrate('image')
+    shutil.rmtree(world.path / 'repo')
+    backup.rename(world.path / 'repo')
+    world.publish('another', disk(200 * 4096, 3), range(9))
+    (world.path / 'host/mirror/state.json').unlink()
+    with world.host() as host:
+        with contextlib.suppress(exception.FastbootError):
+            host.sync()
+        with pytest.raises(exception.Invalid, match='not the one that this'):
+            host.acquire('another', 'stranger')
+        one, image = host.find('image')
+        assert host.check('image')[1] == []
+        assert not verify(one.path, journal.Image(
+            'image', '', image.serial, image.manifest, 0,
+            image.virtual_size), world.data['image'])

@@ -2,6 +2,7 @@
 """Reading stubs and overlays: ours exactly, and nothing else."""
 
 import dataclasses
+import errno
 import json
 import os
 import pathlib
@@ -209,3 +210,38 @@ def test_random_files(tmp_path_factory, data, magic):
         assert magic
     assert overlay.is_empty(path) in (magic, False)
     assert magic or overlay.backing_format(path) is None
+
+
+SERVER = '01234567-89ab-cdef-0123-456789abcdef'
+
+
+@pytest.mark.parametrize('error', [errno.EIO, errno.EACCES, errno.ESTALE])
+@pytest.mark.parametrize('name, counts', [
+    (SERVER, True), (f'{SERVER}_resize', True), ('', True),
+    ('lost+found', False)])
+def test_disks_that_nobody_can_see_are_not_gone(
+        tmp_path, monkeypatch, name, counts, error):
+    bases = tmp_path / '_base'
+    bases.mkdir()
+    (tmp_path / 'compute_id').touch()
+    for one in (SERVER, f'{SERVER}_resize', 'lost+found'):
+        (tmp_path / one).mkdir()
+        (tmp_path / one / 'disk.config').touch()
+    assert list(overlay.lying_on(bases / 'base')) == []
+    real = os.listdir
+
+    def listdir(path):
+        if pathlib.Path(path) == tmp_path / name:
+            raise OSError(error, os.strerror(error))
+        return real(path)
+
+    monkeypatch.setattr(os, 'listdir', listdir)
+    if counts:
+        with pytest.raises(OSError):
+            list(overlay.lying_on(bases / 'base'))
+    else:
+        assert list(overlay.lying_on(bases / 'base')) == []
+
+
+def test_the_disks_of_a_server_that_is_gone(tmp_path):
+    assert overlay.disks(tmp_path, SERVER) == []

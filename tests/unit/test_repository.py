@@ -299,6 +299,31 @@ def test_packs_dropped_meanwhile(tmp_path, repo, monkeypatch):
     assert not list(upkeep.check(repo, deep=True))
 
 
+@pytest.mark.parametrize('entries', [1, 3])
+def test_retention_by_a_clock_that_is_behind(tmp_path, repo, monkeypatch,
+                                             entries):
+    """A machine that has no time from the network yet: what it removes is
+    no older than what was there before."""
+    names = [f'image-{number}' for number in range(entries)]
+    for seed, name in enumerate(names):
+        put(repo, tmp_path / 'work', name, disk(20 * BLOCK, seed))
+    real = datetime.datetime
+
+    class Behind(real):
+        @classmethod
+        def now(cls, tz=None):
+            return real(2020, 1, 1, tzinfo=tz)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(journal.datetime, 'datetime', Behind)
+        for name in names:
+            repo.remove(name)
+    assert {gone.time[:4] for gone in repo.state().removed.values()} == {
+        '2020'}
+    assert not upkeep.collect(repo, retention=3600, grace=0).images
+    assert upkeep.collect(repo, retention=0, grace=0).images == entries
+
+
 def test_collecting_while_the_same_pack_is_made_again(
         tmp_path, repo, monkeypatch):
     """A pack is published again between ``drop`` and the deletions."""
