@@ -65,6 +65,9 @@ _LINE_LIMIT: Final = 64 << 10
 #: Bytes that no file may exceed, and that all may have together.
 _LONGEST: Final = 8 << 30
 _WRITTEN: Final = 4 << 30
+#: Bytes that its first boot may have written to its disk: each server that
+#: is resumed gets a copy, within its deadline. Debian's writes 30 MiB.
+_DELTA: Final = 256 << 20
 #: How long a path of a UNIX socket can be.
 _PATH_LIMIT: Final = 107
 _NO_NAME_SPACES: Final = ('this host permits no name spaces; a guest with '
@@ -408,8 +411,12 @@ def _part(path: pathlib.Path) -> artifact.Part:
 def _check_disk(path: pathlib.Path, backing: str, size: int) -> None:
     """See that a qcow2 is what it was: QEMU will open what it names.
 
-    :raises _NotBaked: it is not.
+    :raises _NotBaked: it is not, or it is too large to be copied.
     """
+    written = path.stat().st_size
+    if written > _DELTA:
+        raise _Refused(f'its first boot wrote {written >> 20} MiB to its '
+                       f'disk; {_DELTA >> 20} are the most')
     if overlay.read_backing(path) != (backing, size):
         raise _NotBaked('its disk has another backing file or size')
     with path.open('rb') as file:

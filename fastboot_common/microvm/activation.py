@@ -17,7 +17,7 @@ from fastboot_common import exception
 VERSION: Final = 2
 #: Raised whenever guests are prepared in another way: what was baked before
 #: is baked anew.
-RECIPE: Final = 10
+RECIPE: Final = 11
 #: Bytes that the guest's generator of random numbers gets.
 ENTROPY: Final = 64
 

@@ -468,14 +468,17 @@ def be_born(port: int, main: 'types.ModuleType', services: 'list[str]',
             run('systemctl', 'restart', unit, timeout=ONLINE_SECONDS)
     say(port, 'NETWORK')
     status = stage(main, 'init') or status
-    if machine:
-        shutil.rmtree('/var/log/journal/' + machine, ignore_errors=True)
     others = [name for name in services if name not in NETWORK]
     run('systemctl', 'restart', '--no-block', 'systemd-journald.service',
         *PROMPTS, *others)
     say(port, 'SERVICES')
     status = stage(main, 'modules', '--mode=config') or status
     status = stage(main, 'modules', '--mode=final') or status
+    if machine:
+        # Not before it runs anew: it makes its directory again if it finds
+        # that its files are gone.
+        run('systemctl', 'start', 'systemd-journald.service')
+        shutil.rmtree('/var/log/journal/' + machine, ignore_errors=True)
     say(port, 'DONE', status)
 
 

@@ -242,12 +242,15 @@ for one in systemd-networkd systemd-resolved NetworkManager networking; do
 done 2>/dev/null
 say NETWORK
 cloud-init init >> $log 2>&1 || status=1
-rm -rf "/var/log/journal/${machine:?}"
 # shellcheck disable=SC2086
 systemctl restart --no-block systemd-journald.service 'getty@*.service' \
     'serial-getty@*.service' $stopped
 say SERVICES
 cloud-init modules --mode=config >> $log 2>&1 || status=1
 cloud-init modules --mode=final >> $log 2>&1 || status=1
+# Not before it runs anew: it makes its directory again if it finds that its
+# files are gone.
+systemctl start systemd-journald.service
+rm -rf "/var/log/journal/${machine:?}"
 say DONE $status
 rm -rf /run/fastboot

@@ -129,8 +129,7 @@ class Description:
             _number(value['virtual_size']),
             {name: _part(part) for name, part in value['parts'].items()},
             _number(value['baked']))
-        places = found.identity.binary + found.identity.text
-        if any(at + 36 > found.parts[MEMORY].size for at in places):
+        if found.identity.end > found.parts[MEMORY].size:
             raise ValueError('identity behind the end of the memory')
         return found
 

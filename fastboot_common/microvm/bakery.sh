@@ -29,10 +29,13 @@ if $python /run/fastboot/activator.py --try 2>/dev/null; then
 else
     set -- /bin/sh /run/fastboot/activator.sh
 fi
-# cloud-init waits for what it ran, and this waits for cloud-init.
+# cloud-init waits for what it ran, and this waits for cloud-init. What user
+# data leaves running outlives it, as with cloud-init's own unit: a daemon, or
+# power_state, which waits for the end of cloud-init (its bug 2542).
 if command -v systemd-run >/dev/null; then
     systemd-run --quiet --no-block --collect --unit=fastboot-activator \
-        --property=DefaultDependencies=no "$@"
+        --property=DefaultDependencies=no --property=KillMode=process \
+        --property=TasksMax=infinity "$@"
 else
     setsid "$@" </dev/null >/dev/null 2>&1 &
 fi

@@ -27,6 +27,11 @@ _KNOWN: Final = frozenset((
 _KNOWN_DEVICES: Final = frozenset((
     *saved.BEHIND, 'emulator', 'disk', 'controller', 'interface', 'channel',
     'input', 'video', 'memballoon', 'rng', 'audio'))
+#: What the template has as well, or what no guest sees.
+_KNOWN_FEATURES: Final = frozenset(('acpi', 'apic', 'pae', 'tcg',
+                                    'vmcoreinfo'))
+_KNOWN_CPU: Final = frozenset(('model', 'vendor', 'topology', 'feature',
+                               'numa'))
 #: Others need a device of the host's, or memory that another shares.
 _INTERFACES: Final = frozenset(('bridge', 'ethernet', 'network', 'user'))
 _MEMORY_BLOCK: Final = 128
@@ -142,11 +147,16 @@ def linked(interface: document.Element, state: str) -> document.Element:
 
 
 def _check(tree: document.Element) -> None:
-    for parent, known in ((tree, _KNOWN),
-                          (tree.find('devices'), _KNOWN_DEVICES)):
-        for child in () if parent is None else parent:
+    for path, known in (('*', _KNOWN), ('devices/*', _KNOWN_DEVICES),
+                        ('features/*', _KNOWN_FEATURES),
+                        ('cpu/*', _KNOWN_CPU)):
+        for child in tree.iterfind(path):
             if child.tag not in known:
                 raise Unsuitable(f'it has <{child.tag}>')
+    for topology in tree.iterfind('cpu/topology'):
+        if any(topology.get(name, '1') != '1'
+               for name in ('dies', 'clusters', 'cores', 'threads')):
+            raise Unsuitable('its processors are not one socket each')
     for path in ('os/loader', 'os/nvram', 'os/kernel', 'cpu/numa',
                  'cputune/vcpupin', 'cputune/emulatorpin',
                  "vcpu[@cpuset]", 'devices/disk/encryption',

@@ -226,6 +226,9 @@ class _Resume:
     def _enter(self, phase: str) -> None:
         if self._phase != BEGIN:
             self._mark(self._phase)
+        if time.monotonic() > self._deadline:
+            raise ResumeFailed(self._phase, f'it was not done within '
+                               f'{self._spec.deadline:.0f} seconds')
         self._phase = phase
 
     def _mark(self, name: str) -> None:

@@ -119,15 +119,16 @@ def hypervisor(house):
 class Server:
     """A server that is resumed, and asked by its guest agent."""
 
-    def __init__(self, baked, hypervisor, room, name='web', **changes):
+    def __init__(self, baked, hypervisor, room, name='web', wishes=b'',
+                 **changes):
         self.baked, self.hypervisor, self.room = baked, hypervisor, room
         self.uuid = str(uuid.uuid4())
         self.drive = room / 'config.iso'
         configdrive.build(
             self.drive, name, b'#cloud-config\nwrite_files:\n- path: /mark\n'
             b'  content: ' + self.uuid.encode() + b'\nruncmd:\n'
-            b'- cat /proc/self/personality /proc/self/environ > /started\n',
-            plain=True)
+            b'- cat /proc/self/personality /proc/self/environ > /started\n'
+            + wishes, plain=True)
         disk.make(baked, room / 'disk', 10 * GIB)
         self.lane = lane.Lane.create(baked, room / 'lane')
         self.xml = definition.Server(**{
@@ -351,6 +352,25 @@ def test_cloud_init_waits_for_the_links(servers):
     assert '10.0.2.15' in one.run('ip -4 address')
     assert wire.stat().st_size > PCAP_HEADER, 'it would have been heard'
     assert not one.run('systemctl --failed --no-legend')
+
+
+def test_what_user_data_leaves_running(servers):
+    """It outlives cloud-init, as it does where a server boots.
+
+    The one that ends the machine waits until cloud-init is gone, and then
+    for a daemon to say that it is there.
+    """
+    one = servers('daemons', wishes=(
+        b"- nohup sh -c 'sleep 15; touch /alive' >/dev/null 2>&1 &\n"
+        b'power_state:\n'
+        b'  mode: poweroff\n'
+        b'  condition: while ! [ -e /alive ]; do sleep 1; done\n'))
+    one.resume(stage=activation.DONE)
+    assert one.domain.isActive()
+    deadline = time.monotonic() + PATIENCE
+    while one.domain.isActive():
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
 
 
 def test_without_entropy_copies_are_alike(servers):

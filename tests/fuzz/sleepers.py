@@ -110,8 +110,9 @@ def read_description(data):
     assert artifact.Description.parse(found.pack()) == found
     assert key.Key.parse(found.key.canonical) == found.key
     assert set(found.parts) == {artifact.MEMORY, artifact.DISK}
-    for at in found.identity.binary + found.identity.text:
-        assert 0 < at < found.parts[artifact.MEMORY].size
+    for place in found.identity.binary + found.identity.text:
+        for at, length in place:
+            assert 0 < at < at + length <= found.parts[artifact.MEMORY].size
 
 
 def description_seeds():
@@ -119,8 +120,10 @@ def description_seeds():
         one = microvms.make(pathlib.Path(name))
     newer = one.pack().replace(b'"version": 1', b'"version": 2')
     bare = dataclasses.replace(one, identity=identity.Places(
-        microvms.BAKED, (1,), ()))
-    return [one.pack(), bare.pack(), newer]
+        microvms.BAKED, (((1, 16),),), ()))
+    cut = dataclasses.replace(one, identity=identity.Places(
+        microvms.BAKED, (((1, 6), (20, 10)),), (((40, 35), (90, 1)),)))
+    return [one.pack(), bare.pack(), cut.pack(), newer]
 
 
 # The memory of a guest: where its pages are

@@ -185,6 +185,14 @@ class TestFiles:
         with pytest.raises(bakery._NotBaked):
             bakery._check_disk(self.disk(tmp_path, **change), BACKING, SIZE)
 
+    def test_a_first_boot_that_wrote_too_much(self, tmp_path):
+        path = self.disk(tmp_path)
+        os.truncate(path, bakery._DELTA)
+        bakery._check_disk(path, BACKING, SIZE)
+        os.truncate(path, bakery._DELTA + 1)
+        with pytest.raises(bakery._Refused, match='256 are the most'):
+            bakery._check_disk(path, BACKING, SIZE)
+
 
 def test_a_name_that_is_too_long_for_sockets(one, monkeypatch, tmp_path):
     monkeypatch.setattr(bakery.nbdkit, 'Tap', None)

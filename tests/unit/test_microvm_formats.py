@@ -210,11 +210,37 @@ class TestIdentity:
         assert len(found.binary) == 1 and len(found.text) == 3
         os.close(fd)
 
+    @pytest.mark.parametrize('cut', range(-1, 38))
+    def test_on_two_pages(self, tmp_path, cut):
+        """QEMU puts the head of each page in between."""
+        product = template.PRODUCT.encode()
+        words = b'x' * 20 + product + b'\0\0' + str(BAKED).encode()
+        memory = bytearray(os.urandom(4 * 4096))
+        memory[100:116] = BAKED.bytes_le
+        at = 2 * 4096 - len(words) + 36 - cut
+        memory[at:at + len(words)] = words
+        at = 3 * 4096 - min(max(cut, 1), 15)
+        memory[at:at + 16] = BAKED.bytes_le
+        stream, places = microvms.qemu_stream([
+            bytes(memory[at:at + 4096]) for at in range(0, len(memory), 4096)],
+            per_section=2)
+        fd = self.file(tmp_path, b'head' + stream)
+        found = identity.find(fd, 4, BAKED)
+        assert (len(found.binary), len(found.text)) == (2, 1)
+        assert identity.Places.from_json(found.to_json()) == found
+        found.patch(fd, OTHER)
+        patched = os.pread(fd, len(stream) + 4, 0)
+        now = b''.join(patched[4 + at:4 + at + 4096] for at in places)
+        assert now == memory.replace(
+            BAKED.bytes_le, OTHER.bytes_le).replace(
+            str(BAKED).encode(), str(OTHER).encode())
+        os.close(fd)
+
     def test_nothing_is_written_where_it_is_not(self, tmp_path):
         data = bytearray(microvms.stream())
         fd = self.file(tmp_path, data)
         found = identity.find(fd, 0, BAKED)
-        os.pwrite(fd, b'x', found.text[-1] + 3)
+        os.pwrite(fd, b'x', found.text[-1][0][0] + 3)
         before = os.pread(fd, len(data), 0)
         with pytest.raises(exception.Corrupt):
             found.patch(fd, OTHER)
@@ -239,6 +265,13 @@ class TestIdentity:
         {'uuid': str(BAKED), 'binary': [0], 'text': []},
         {'uuid': str(BAKED), 'binary': [True], 'text': []},
         {'uuid': str(BAKED), 'binary': [1 << 70], 'text': []},
+        {'uuid': str(BAKED), 'binary': [[[1, 15]]], 'text': []},
+        {'uuid': str(BAKED), 'binary': [[[1, 17], [30, -1]]], 'text': []},
+        {'uuid': str(BAKED), 'binary': [[[1, 8], [8, 8]]], 'text': []},
+        {'uuid': str(BAKED), 'binary': [[[1, 5], [9, 5], [20, 6]]],
+         'text': []},
+        {'uuid': str(BAKED), 'binary': [[[1, '16']]], 'text': []},
+        {'uuid': str(BAKED), 'binary': [5, [[6, 8], [30, 8]]], 'text': []},
         {'uuid': str(BAKED), 'binary': list(range(1, 99)), 'text': []}])
     def test_nonsense_is_refused(self, value):
         with pytest.raises(exception.Corrupt):

@@ -351,6 +351,12 @@ class TestInstance:
         ('</domain>', "<cputune><vcpupin/></cputune></domain>"),
         ('</domain>', "<cputune><emulatorpin/></cputune></domain>"),
         ('</domain>', '<cpu><numa/></cpu></domain>'),
+        ('</domain>', '<cpu><maxphysaddr/></cpu></domain>'),
+        ('</domain>', "<cpu><topology sockets='1' cores='2' threads='1'/>"
+                      "</cpu></domain>"),
+        ('</domain>', "<features><pmu state='on'/></features></domain>"),
+        ('</domain>', "<features><kvm><hidden state='on'/></kvm></features>"
+                      "</domain>"),
         ('<driver ', '<encryption/><driver '),
         ('<os>', "<os firmware='efi'>"), ('<boot ', '<loader/><boot '),
         ('<vcpu>', "<vcpu cpuset='1'>"),

@@ -9,6 +9,7 @@ import pytest
 
 libvirt = pytest.importorskip('libvirt')
 
+from fastboot_common.microvm import document  # noqa: E402
 from fastboot_nova.microvm import resume  # noqa: E402
 
 
@@ -83,3 +84,25 @@ def test_in_time():
         pass
     assert time.monotonic() - begun < 20
     assert not domain.ending.is_set()
+
+
+def test_what_nova_does_first_takes_too_long(tmp_path):
+    """Nothing is loaded any more, and the µVM is not the reason."""
+    disk, gone = tmp_path / 'disk', []
+    disk.touch()
+    domain = types.SimpleNamespace(undefineFlags=gone.append)
+
+    def unknown(known):
+        raise libvirt.libvirtError('no domain')
+
+    element = document.parse(
+        f"<domain><disk><source file='{disk}'/></disk></domain>")[0]
+    one = resume._Resume(
+        types.SimpleNamespace(lookupByUUIDString=unknown,
+                              defineXML=lambda xml: domain),
+        None, resume.Spec('', '', 0, deadline=0.05),
+        types.SimpleNamespace(uuid='x', disk=element), lambda phase: None)
+    with pytest.raises(resume.ResumeFailed) as found:
+        one.run(lambda: time.sleep(0.1))
+    assert found.value.phase == 'define'
+    assert gone and not disk.exists()
