@@ -248,7 +248,7 @@ def connect(uri: str) -> Any:
         import libvirt
     except ImportError as error:
         raise exception.ConfigError(
-            'libvirt-python is needed: install fastboot[libvirt]') from error
+            'libvirt-python is needed in this Python: install it') from error
     # It prints every error by itself otherwise.
     libvirt.registerErrorHandler(lambda *words: None, None)
     try:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks of a compute host: nova-compute's driver, volumes, export."""
+"""Checks of a compute host: nova-compute's driver, volumes, export, agent."""
 
 import grp
 import os
@@ -14,7 +14,9 @@ from oslo_upgradecheck import upgradecheck
 
 from fastboot_common import exception, nbdkit
 from fastboot_common.cli import base
+from fastboot_common.conf import nova as options
 from fastboot_common.upgradecheck import result
+from fastboot_nova import client
 
 _DRIVER: Final = 'fastboot.FastbootLibvirtDriver'
 _SHIM: Final = 'nova.virt.fastboot'
@@ -25,7 +27,10 @@ _QEMU_USERS: Final = ('libvirt-qemu', 'qemu')
 _OPTIONS: Final = {
     'DEFAULT': [cfg.StrOpt('compute_driver')],
     'libvirt': [cfg.ListOpt('disk_cachemodes', default=[])],
+    options.GROUP: options.OPTS,
 }
+_ASK_SECONDS: Final = 5.0
+_OF_EXPORT: Final = 'set [export] group to a group of that user'
 
 
 def driver(conf: Any) -> upgradecheck.Result:
@@ -47,7 +52,8 @@ def driver(conf: Any) -> upgradecheck.Result:
         return result.failure(
             f'{_SHIM} cannot be imported: {error}; install fastboot in the '
             f'Python that runs nova-compute. If Nova is installed editable, '
-            f'link the directory nova/virt/fastboot into its tree')
+            f'or comes from the distribution, link the directory '
+            f'nova/virt/fastboot into its tree')
     return result.success(f'compute_driver is {_DRIVER}, and loads')
 
 
@@ -73,15 +79,14 @@ def cache_mode(conf: Any) -> upgradecheck.Result:
 
 def volumes(conf: Any) -> upgradecheck.Result:
     """May QEMU read the volumes?"""
-    directory = base.Environment(conf).host_path / 'volumes'
     user = _qemu_user(conf)
-    found = sorted(directory.glob('*/volume'))
+    found = _volumes(conf)
     if not found:
-        return result.skipped(f'there is no volume in {directory} yet')
+        return result.skipped('there is no volume here yet')
     if user is None:
         return _no_user(conf)
     for path in found:
-        problem = _obstacle(path, user, stat.S_IROTH)
+        problem = _obstacle(path, user, stat.S_IROTH, _OF_EXPORT)
         if problem:
             return result.failure(
                 f'QEMU (user {user[0]}) cannot read {path}: {problem}')
@@ -97,7 +102,7 @@ def shield(conf: Any) -> upgradecheck.Result:
         return result.skipped(f'no host state in {environment.host_path}; '
                               f'the agent has never run here')
     try:
-        nbdkit.greet(path, 5)
+        nbdkit.greet(path, _ASK_SECONDS)
     except OSError as error:
         return result.failure(
             f'nothing answers at {path}: {error}; start fastboot-agent, '
@@ -105,11 +110,45 @@ def shield(conf: Any) -> upgradecheck.Result:
     user = _qemu_user(conf)
     if user is None:
         return _no_user(conf)
-    problem = _obstacle(path, user, stat.S_IWOTH)
+    problem = _obstacle(path, user, stat.S_IWOTH, _OF_EXPORT)
     if problem:
         return result.failure(
             f'QEMU (user {user[0]}) cannot connect to {path}: {problem}')
     return result.success(f'{path} answers')
+
+
+def agent(conf: Any) -> upgradecheck.Result:
+    """May nova-compute ask the agent, and read what it gives?"""
+    nova = _nova(conf)
+    if nova is None:
+        return _no_nova(conf)
+    if nova.compute_driver != _DRIVER:
+        return result.skipped(f'compute_driver is {nova.compute_driver}')
+    path = pathlib.Path(nova.fastboot.agent_socket)
+    try:
+        client.Agent(str(path), _ASK_SECONDS).image_ids()
+    except exception.Unavailable as error:
+        return result.failure(
+            f'{error}; start fastboot-agent, which listens at '
+            f'{base.Environment(conf).run / "agent.sock"}, and see '
+            f'[fastboot] agent_socket in nova.conf')
+    try:
+        user = _known(conf.nova_user)
+    except KeyError:
+        return result.skipped(
+            f'the agent answers, and nobody here is {conf.nova_user}, as '
+            f'nova-compute may be (see --nova-user)')
+    problem = _obstacle(path, user, stat.S_IWOTH,
+                        'set [agent] group to a group of that user')
+    if problem:
+        return result.failure(f'nova-compute (user {user[0]}) cannot '
+                              f'connect to {path}: {problem}')
+    for volume in _volumes(conf):
+        problem = _obstacle(volume, user, stat.S_IROTH, _OF_EXPORT)
+        if problem:
+            return result.failure(f'nova-compute (user {user[0]}) cannot '
+                                  f'read {volume}: {problem}')
+    return result.success(f'{path} answers, and {user[0]} may ask')
 
 
 def _nova(conf: Any) -> Any:
@@ -121,6 +160,11 @@ def _nova(conf: Any) -> Any:
     files = [pathlib.Path(name) for name in conf.nova_config_file]
     found = result.read_config(files, _OPTIONS)
     return None if found.compute_driver is None else found
+
+
+def _volumes(conf: Any) -> list[pathlib.Path]:
+    directory = base.Environment(conf).host_path / 'volumes'
+    return sorted(directory.glob('*/volume'))
 
 
 def _no_nova(conf: Any) -> upgradecheck.Result:
@@ -176,21 +220,31 @@ def _account(name: str | None) -> pwd.struct_passwd | None:
     return None
 
 
+def _known(name: str) -> tuple[str, int, set[int]]:
+    """Name, id and groups of an account.
+
+    :raises KeyError: there is none.
+    """
+    found = pwd.getpwnam(name)
+    return (found.pw_name, found.pw_uid,
+            set(os.getgrouplist(found.pw_name, found.pw_gid)))
+
+
 def _obstacle(path: pathlib.Path, user: tuple[str, int, set[int]],
-              wanted: int) -> str | None:
+              wanted: int, cure: str) -> str | None:
     """What keeps an account from a file; None: nothing does.
 
     Modes are looked at only, neither access lists nor security modules.
 
     :param wanted: the bit of others that stands for what is wanted.
+    :param cure: what helps against the file's own mode.
     """
     for directory in reversed(path.parents):
         if not _allowed(directory, user, stat.S_IXOTH):
             return f'the directory {directory} is closed to it ' \
                    f'({_describe(directory)}); let its group pass (chmod g+x)'
     if not _allowed(path, user, wanted):
-        return f'its mode is {_describe(path)}; set [export] group to a ' \
-               f'group of that user'
+        return f'its mode is {_describe(path)}; {cure}'
     return None
 
 
@@ -214,4 +268,4 @@ def _describe(path: pathlib.Path) -> str:
 
 CHECKS: Final[list[tuple[str, result.Check]]] = [
     ('Driver in Nova', driver), ('Cache mode', cache_mode),
-    ('Volumes', volumes), ('Export', shield)]
+    ('Volumes', volumes), ('Export', shield), ('Agent', agent)]

@@ -2,7 +2,9 @@
 """What all commands need: configuration, places, formats of values."""
 
 import contextlib
+import os
 import pathlib
+import pwd
 from typing import Any
 
 from cliff import command, lister, show
@@ -145,12 +147,13 @@ class Environment:
         """The repository, if it can be written.
 
         :param vouch: believe it, whoever signed it.
-        :raises Invalid: it is behind HTTP.
+        :raises Invalid: it is behind HTTP, or it is another account's.
         """
         found = self.open_repository(vouch)
         if not hasattr(found.store, 'create'):
             raise exception.Invalid(
                 f'{self.location()} can only be read; use its directory')
+        as_owner(self.location())
         return found
 
     def microvm_location(self) -> str:
@@ -193,6 +196,26 @@ class Environment:
         with contextlib.suppress(exception.Exists):
             repository.init(local.LocalStore(path), blocks.PAGE)
         return self.open_microvms()
+
+
+def as_owner(location: str) -> None:
+    """See that what is written to a repository is its owner's.
+
+    Files are 0640: builders could not read what root wrote.
+
+    :param location: its directory, which is there.
+    :raises Invalid: we are root, and it is another's.
+    """
+    path = pathlib.Path(location.removeprefix('file://'))
+    owner = path.stat().st_uid
+    if os.geteuid() == 0 and owner != 0:
+        try:
+            name = pwd.getpwuid(owner).pw_name
+        except KeyError:
+            name = f'#{owner}'
+        raise exception.Invalid(
+            f'{path} belongs to {name}, who could not read what root writes '
+            f'there: run this as {name} (runuser -u {name} -- …)')
 
 
 def _microvms(location: str) -> str:

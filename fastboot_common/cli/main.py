@@ -23,7 +23,7 @@ class Fastbootctl(app.App):
         super().__init__(
             description='Fast boots of virtual machines: images, repository, '
                         'host and guests.',
-            version=importlib.metadata.version('fastboot'),
+            version=importlib.metadata.version('openstack-fastboot'),
             command_manager=commandmanager.CommandManager(
                 'fastbootctl.commands'),
             deferred_help=True)

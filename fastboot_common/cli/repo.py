@@ -36,6 +36,7 @@ class Init(base.Command):
         path = pathlib.Path(location.removeprefix('file://'))
         self.env.make_state_dir()
         files.make_directory(path)
+        base.as_owner(location)
         size = parsed_args.block_size or self.env.conf.repository.block_size
         try:
             repository.init(local.LocalStore(path), size)

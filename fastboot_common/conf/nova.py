@@ -24,7 +24,8 @@ OPTS = [
     cfg.StrOpt(
         'export_socket', default='/var/lib/fastboot/run/nbd.sock',
         help='Socket where guests reach blocks that are not on this host '
-             'yet. It must be the same on all hosts between which servers '
+             'yet: that of the shield, which stands before the export. It '
+             'must be the same on all hosts between which servers '
              'migrate.'),
     cfg.FloatOpt(
         'timeout', default=0.95, min=0.05, max=30,

@@ -33,6 +33,8 @@ CLI_OPTS: Final = [
         default=['/etc/nova/nova.conf', '/etc/nova/nova-compute.conf'],
         help='What nova-compute reads; may be repeated.'),
     cfg.StrOpt(
+        'nova-user', default='nova', help='Account of nova-compute.'),
+    cfg.StrOpt(
         'qemu-config', default='/etc/libvirt/qemu.conf',
         help='libvirt\'s configuration of QEMU.'),
 ]

@@ -325,7 +325,8 @@ class Agent:
         self._told.evicted_bytes.inc(max(freed, 0))
         if self._bus:
             self._bus.notify('fastboot.image.evict', {
-                'host': self._name, 'image': image_id, 'freed_bytes': freed})
+                'host': self._name, 'image_id': image_id,
+                'freed_bytes': freed})
         self._changed()
 
     def _observed(self, found: dict[str, Any]) -> None:

@@ -28,7 +28,7 @@ Report = dict[str, Any]
 def software() -> str:
     """The version of fastboot."""
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        return importlib.metadata.version('fastboot')
+        return importlib.metadata.version('openstack-fastboot')
     return 'unknown'
 
 

@@ -86,7 +86,7 @@ class Detach(base.Lister):
             default=pathlib.Path('/var/lib/nova/instances'),
             help="Nova's instances_path (default: %(default)s)")
         parser.add_argument(
-            '--connect', default='qemu:///system', metavar='URI',
+            '--uri', default='qemu:///system',
             help='of libvirt (default: %(default)s)')
         parser.add_argument(
             '--server', action='append', metavar='ID',
@@ -110,8 +110,10 @@ class Detach(base.Lister):
         disks = [disk for disk in detach.find(parsed_args.instances)
                  if not parsed_args.server
                  or disk.server in parsed_args.server]
+        self.app.stderr.write(f'{len(disks)} disks on local blocks in '
+                              f'{parsed_args.instances}\n')
         work = detach.Detacher(
-            parsed_args.instances, detach.connect(parsed_args.connect),
+            parsed_args.instances, detach.connect(parsed_args.uri),
             parsed_args.rate)
         rows = [(disk.server, disk.path.name,
                  *self._row(work, disk, parsed_args.dry_run))

@@ -3,6 +3,7 @@
 
 import fcntl
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -278,3 +279,19 @@ def test_a_checkpoint_is_signed(tmp_path):
         'version 2, signed with', 'µVMs: version 2, signed with']
     assert ctl('repo', 'checkpoint').stdout.startswith('version 3, signed')
     assert ctl.json('repo', 'stats')['version'] == 3
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason='gives files to others')
+def test_root_and_a_repository_of_others(tmp_path):
+    """They could not read what root wrote."""
+    ctl = Fastbootctl(tmp_path / 's')
+    path = ctl.state / 'repository'
+    path.mkdir()
+    os.chown(path, 65534, -1)
+    assert 'runuser -u nobody' in ctl('repo', 'init', status=1).stderr
+    os.chown(path, 0, -1)
+    ctl('repo', 'init')
+    ctl('repo', 'checkpoint')
+    os.chown(path, 4242, -1)
+    assert 'belongs to #4242' in ctl('repo', 'checkpoint', status=1).stderr
+    ctl('repo', 'stats')

@@ -287,6 +287,50 @@ def test_shield(machine, volume, below, tmp_path):
         thread.join(10)
 
 
+class Agent:
+    """Answers at a socket as an agent does, again and again."""
+
+    def __init__(self, path):
+        path.parent.mkdir(mode=0o755)
+        self.socket = socket.socket(socket.AF_UNIX)
+        self.socket.bind(str(path))
+        self.socket.listen()
+        threading.Thread(target=self.answer, daemon=True).start()
+
+    def answer(self):
+        while True:
+            with self.socket.accept()[0] as client:
+                client.recv(4096)
+                client.sendall(b'HTTP/1.1 200 OK\r\n\r\n{"images": []}')
+
+
+@needs_root
+def test_agent(machine, volume, below, tmp_path):
+    assert skipped(machine(host.agent))
+    path = tmp_path / 'run/agent.sock'
+    machine.write('nova.conf', f'[DEFAULT]\ncompute_driver = {host._DRIVER}\n'
+                               f'[fastboot]\nagent_socket = {path}\n')
+    machine.set('nova_user', 'nobody')
+    code, words = machine(host.agent)
+    assert code == Code.FAILURE
+    assert 'start fastboot-agent' in words and str(path) in words
+    Agent(path)
+    path.chmod(0o666)
+    assert machine(host.agent) == (
+        Code.SUCCESS, f'{path} answers, and nobody may ask')
+    path.chmod(0o660)
+    code, words = machine(host.agent)
+    assert code == Code.FAILURE and '[agent] group' in words
+    path.chmod(0o666)
+    volume.chmod(0o640)
+    code, words = machine(host.agent)
+    assert code == Code.FAILURE and f'cannot read {volume}' in words
+    machine.set('nova_user', 'no-such-account')
+    assert skipped(machine(host.agent))
+    machine.write('nova.conf', '[DEFAULT]\ncompute_driver = other\n')
+    assert skipped(machine(host.agent))
+
+
 def test_broken_config_is_named(machine):
     machine.write('nova.conf', 'no section\n')
     code, words = machine(host.cache_mode)
@@ -333,7 +377,7 @@ def test_all_of_it(tmp_path, capsys, monkeypatch):
     assert code == Code.FAILURE
     assert [row['check'] for row in found if row['result'] == 2] == [
         'Repository']
-    assert len(found) == 10
+    assert len(found) == 11
     assert all(row['details'] for row in found)
 
 
