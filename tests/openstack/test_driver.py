@@ -398,3 +398,90 @@ def test_a_migration_that_is_refused_leaves_the_server(
     assert isinstance(error, {
         'chain': exception.Corrupt}.get(fails, type(refusal)))
     assert ('volume_size' in str(error)) == (fails == 'volume')
+
+
+class Standing(Domain):
+    """Stands still for want of a block, if it is not paused.
+
+    :param running: it did not, until it is paused.
+    """
+
+    def __init__(self, running):
+        super().__init__(OWN)
+        self.marks, self.running = [], running
+
+    def state(self):
+        return [stock.libvirt.VIR_DOMAIN_PAUSED,
+                stock.libvirt.VIR_DOMAIN_PAUSED_USER if self.running
+                else stock.libvirt.VIR_DOMAIN_PAUSED_IOERROR]
+
+    def setMetadata(self, kind, element, key, uri, flags):
+        assert flags == stock.libvirt.VIR_DOMAIN_AFFECT_LIVE
+        assert kind == stock.libvirt.VIR_DOMAIN_METADATA_ELEMENT
+        self.marks.append(element)
+
+
+@pytest.mark.parametrize('running, marks', [
+    (True, ['<paused/>', None]), (False, ['<paused/>'])])
+def test_paused_by_its_owner(made, monkeypatch, running, marks):
+    domain = Standing(running)
+    made._host = types.SimpleNamespace(
+        get_guest=lambda instance: libvirt_guest.Guest(domain))
+    monkeypatch.setattr(made, '_stubs', lambda instance: {'disk': 'stub'})
+    for name in ('pause', 'unpause'):
+        monkeypatch.setattr(
+            stock.LibvirtDriver, name, lambda self, instance, name=name:
+            domain.marks.append(name))
+    made.pause(made.server)
+    assert domain.marks == [marks[0], 'pause', *marks[1:]]
+    domain.marks.clear()
+    made.unpause(made.server)
+    assert domain.marks == [None, 'unpause']
+    # Nobody else's.
+    monkeypatch.setattr(made, '_stubs', lambda instance: {})
+    domain.marks.clear()
+    made.pause(made.server)
+    assert domain.marks == ['pause']
+
+
+def test_libvirt_may_know_nothing_of_it(made, monkeypatch):
+    """Pausing does not depend on it."""
+    def fail(*words):
+        raise error('no', stock.libvirt.VIR_ERR_NO_SUPPORT)
+
+    domain, done = Standing(False), []
+    domain.setMetadata = domain.state = fail
+    made._host = types.SimpleNamespace(
+        get_guest=lambda instance: libvirt_guest.Guest(domain))
+    monkeypatch.setattr(made, '_stubs', lambda instance: {'disk': 'stub'})
+    monkeypatch.setattr(stock.LibvirtDriver, 'pause',
+                        lambda self, instance: done.append(1))
+    made.pause(made.server)
+    assert done
+
+
+@pytest.mark.parametrize('runs', [PORT, ''])
+def test_a_volume_that_is_swapped(made, monkeypatch, runs):
+    """What is defined afterwards is Nova's machine, with the new volume."""
+    disk = "<disk type='file'><source file='/{}'/><target dev='vdb'/></disk>"
+
+    class Swapped(Domain):
+        def XMLDesc(self, flags):
+            if flags & stock.libvirt.VIR_DOMAIN_XML_INACTIVE:
+                return DOMAIN.format('restart', disk.format('old'))
+            return self.runs
+
+    domain = Swapped(DOMAIN.format('destroy', disk.format('old') + runs))
+    defined = []
+
+    def swap(self, guest, disk_dev, conf, resize_to):
+        domain.runs = domain.runs.replace('/old', '/new')
+        self._host.write_instance_config(domain.runs)
+
+    made._host = types.SimpleNamespace(write_instance_config=defined.append)
+    monkeypatch.setattr(stock.LibvirtDriver, '_swap_volume', swap)
+    made._swap_volume(libvirt_guest.Guest(domain), 'vdb', None, 0)
+    tree = etree.fromstring(defined[-1])
+    assert tree.find('devices/disk/source').get('file') == '/new'
+    assert tree.findtext('on_reboot') == ('restart' if runs else 'destroy')
+    assert len(defined) == (2 if runs else 1)
