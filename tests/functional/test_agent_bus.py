@@ -91,7 +91,7 @@ def test_the_bus(room, broker):
         publisher, event, payload = centre.events[0]
         assert (publisher, event) == ('fastboot.host-1',
                                       'fastboot.image.evict')
-        assert payload['image'] == 'second'
+        assert payload['image_id'] == 'second'
 
         # Nonsense on the bus breaks nothing.
         client = oslo_messaging.get_rpc_client(

@@ -6,6 +6,7 @@ import os
 import pathlib
 import shutil
 import subprocess
+import sys
 import types
 
 import pytest
@@ -246,7 +247,7 @@ def test_one_that_is_in_rescue(place):
 def command(place, monkeypatch, libvirt, *words):
     """The rows of ``host detach``, and its status."""
     monkeypatch.setattr(detach, 'connect', lambda uri: libvirt)
-    made = cli.Detach(types.SimpleNamespace(), None)
+    made = cli.Detach(types.SimpleNamespace(stderr=sys.stderr), None)
     args = made.get_parser('x').parse_args(
         ['--instances', str(place.instances), *words])
     _columns, rows = made.take_action(args)
