@@ -188,12 +188,14 @@ class Volume:
 
     def images(self) -> dict[str, Image]:
         """The images that have a slot, or are about to."""
-        found = {}
+        return {path.name: _read_image(path)
+                for path in self._descriptions()}
+
+    def _descriptions(self) -> list[pathlib.Path]:
         directory = self.path / 'images'
-        for path in sorted(directory.iterdir()) if directory.exists() else ():
-            if not path.name.startswith('.'):
-                found[path.name] = _read_image(path)
-        return found
+        return sorted(
+            path for path in (directory.iterdir() if directory.exists()
+                              else ()) if not path.name.startswith('.'))
 
     def image(self, image_id: str) -> Image | None:
         """The description of one image; None: it has no slot."""
@@ -280,8 +282,8 @@ class Volume:
             if known:
                 with contextlib.suppress(exception.NotFound):
                     return self.slot_of(image.image_id)
+            self._check_vacant(image)
             with self._operation():
-                self._check_vacant(image)
                 files.write_atomically(
                     self.path / 'images' / image.image_id,
                     journal.canonical(dataclasses.asdict(image)))
@@ -296,13 +298,15 @@ class Volume:
 
         :raises Invalid: another image has this serial.
         """
-        for other in self.images().values():
-            if other.serial == image.serial and (
-                    other.image_id != image.image_id):
-                raise exception.Invalid(
-                    f'image {image.image_id} has serial {image.serial}, and '
-                    f'so has {other.image_id}, which is in {self.path}: the '
-                    f'journal is not the one that this host followed')
+        for path in self._descriptions():
+            # One that cannot be read is that image's trouble alone.
+            with contextlib.suppress(exception.Corrupt, exception.NotFound):
+                if path.name != image.image_id and (
+                        _read_image(path).serial == image.serial):
+                    raise exception.Invalid(
+                        f'image {image.image_id} has serial {image.serial}, '
+                        f'and so has {path.name}, which is in {self.path}: '
+                        f'the journal is not the one that this host followed')
         with contextlib.suppress(exception.NotFound):
             slot.Slot(self._fd, image.serial)
             raise exception.Invalid(

@@ -55,12 +55,14 @@ class Disk:
         return self.stub.with_name(self.stub.name.removesuffix(overlay.SUFFIX))
 
 
-def find(instances: pathlib.Path) -> Iterator[Disk]:
-    """All disks of a host that lie on local blocks.
+def find(instances: pathlib.Path, server: str = '') -> Iterator[Disk]:
+    """The disks of a host that lie on local blocks.
 
     :param instances: Nova's ``instances_path``.
+    :param server: the directory of one of them; '': all.
+    :raises OSError: what a server has cannot be read.
     """
-    for path in overlay.disks(instances):
+    for path in overlay.disks(instances, server):
         with contextlib.suppress(exception.FastbootError, OSError):
             found = overlay.read_backing(path)
             if not found or not found[0]:

@@ -133,10 +133,16 @@ class FastbootLibvirtDriver(driver.LibvirtDriver):
         self._hold(hold.mark, domain, instance)
         try:
             super().pause(instance)
-        finally:
-            with contextlib.suppress(driver.libvirt.libvirtError):
-                if domain.state() != hold.WAITING:
-                    self._hold(hold.unmark, domain, instance)
+            state = _state(domain)
+            if state[0] == driver.libvirt.VIR_DOMAIN_RUNNING:
+                # It stood still, and the agent was about to resume it.
+                super().pause(instance)
+                state = _state(domain)
+        except BaseException:
+            self._hold(hold.unmark, domain, instance)
+            raise
+        if state != hold.WAITING:
+            self._hold(hold.unmark, domain, instance)
 
     def unpause(self, instance: Any) -> None:
         """As Nova's."""
@@ -158,14 +164,23 @@ class FastbootLibvirtDriver(driver.LibvirtDriver):
     def _swap_volume(self, guest: Any, disk_dev: str, conf: Any,
                      resize_to: int) -> None:
         """As Nova's, which then defines what runs: of a resumed server the
-        template, which would boot with a part of its memory."""
+        template, which would boot with a part of its memory.
+
+        Nova takes whatever is raised for a swap that was not done; it was.
+        """
         if not spawn.is_resumed(guest.get_xml_desc()):
             super()._swap_volume(guest, disk_dev, conf, resize_to)
             return
         defined = guest.get_xml_desc(dump_inactive=True, dump_sensitive=True)
         super()._swap_volume(guest, disk_dev, conf, resize_to)
-        self._host.write_instance_config(spawn.with_disk(
-            defined, guest.get_xml_desc(dump_sensitive=True), disk_dev))
+        try:
+            self._host.write_instance_config(spawn.with_disk(
+                defined, guest.get_xml_desc(dump_sensitive=True), disk_dev))
+        except (driver.libvirt.libvirtError,
+                exception.FastbootError) as error:
+            LOG.error('fastboot: %s has another volume now, but the machine '
+                      'of the µVM as its definition, until its next hard '
+                      'reboot: %s', guest.uuid, error)
 
     # Placement
 
@@ -623,6 +638,14 @@ def _migrate(guest: Any, definition: str, *args: Any, **kwargs: Any) -> None:
     found = copy.copy(guest)
     found._domain = _Defining(guest._domain, definition)
     libvirt_guest.Guest.migrate(found, *args, **kwargs)
+
+
+def _state(domain: Any) -> list[int]:
+    """What libvirt says; if it says nothing, the guest may wait."""
+    try:
+        return list(domain.state())
+    except driver.libvirt.libvirtError:
+        return hold.WAITING
 
 
 def _word(stubs: dict[str, pathlib.Path]) -> tuple[str, str]:

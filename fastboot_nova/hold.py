@@ -14,6 +14,7 @@ _ELEMENT: Final = 'paused'
 #: libvirt's numbers; not every host that has this package has libvirt.
 _METADATA_ELEMENT: Final = 2
 _LIVE: Final = 1
+_CONFIG: Final = 2
 _PAUSED: Final = 3
 _IO_ERROR: Final = 5
 #: State and reason of a guest that waits for its disk.
@@ -32,9 +33,12 @@ def mark(domain: Any) -> None:
 def unmark(domain: Any) -> None:
     """Forget that.
 
+    Also in what is defined: Nova defines what runs when it swaps a volume.
+
     :raises libvirt.libvirtError: it does not run.
     """
-    domain.setMetadata(_METADATA_ELEMENT, None, None, _NAMESPACE, _LIVE)
+    domain.setMetadata(_METADATA_ELEMENT, None, None, _NAMESPACE,
+                       _LIVE | (_CONFIG if domain.isPersistent() else 0))
 
 
 def is_marked(tree: ElementTree.Element) -> bool:

@@ -24,7 +24,7 @@ from oslo_log import log as logging
 from oslo_utils import strutils
 
 from fastboot_common import chain, exception, overlay
-from fastboot_common.microvm import activation, document, template
+from fastboot_common.microvm import activation, clone, document, template
 from fastboot_nova import backend, notice
 from fastboot_nova.microvm import disk as baked
 from fastboot_nova.microvm import remote, resume
@@ -268,14 +268,16 @@ class _Attempt:
         try:
             done = self._resume(prepare)
         except resume.ResumeFailed as error:
+            if isinstance(error.__cause__, clone.Unsuitable):
+                self._disk.renew()
+                self._refuse(error.phase, error.reason)
+                return None
             self._lane.give_back(remote.FAILED, error.phase, error.reason)
             self._fall_back(error)
             return None
         except exception.FastbootError as error:
             # Before anything was done: it cannot be, or is not understood.
-            self._lane.give_back(remote.REFUSED, 'begin', str(error))
-            LOG.info('fastboot: booted, not resumed: %s', error,
-                     instance=self._instance)
+            self._refuse('begin', str(error))
             return None
         except BaseException as error:
             self._lane.give_back(remote.FAILED, 'prepare', repr(error))
@@ -291,12 +293,12 @@ class _Attempt:
 
     def _resume(self, prepare: Callable[[], None]) -> resume.Resumed:
         def prepared() -> None:
-            self._disk.bake(self._lane.directory)
             prepare()
             if self._instance.device_metadata:
                 # Nova has told, and tells the guest, where they are in the
                 # machine that is defined; this one has other places.
-                raise exception.Invalid('it has devices with tags or VLANs')
+                raise clone.Unsuitable('it has devices with tags or VLANs')
+            self._disk.bake(self._lane.directory)
 
         return resume.resume(
             self._connection, self._lane, resume.Spec(
@@ -304,6 +306,11 @@ class _Attempt:
                 self._disk.size,
                 deadline=CONF.fastboot.resume_deadline - _CLEARING_SECONDS,
                 linked=False), prepare=prepared)
+
+    def _refuse(self, phase: str, reason: str) -> None:
+        self._lane.give_back(remote.REFUSED, phase, reason)
+        LOG.info('fastboot: booted, not resumed: %s', reason,
+                 instance=self._instance)
 
     def _fall_back(self, failure: resume.ResumeFailed) -> None:
         if failure.phase != resume.BEGIN:

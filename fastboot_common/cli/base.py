@@ -21,10 +21,14 @@ from fastboot_common.store import local, striped, throttle
 
 
 class Environment:
-    """The places and parts that the configuration names."""
+    """The places and parts that the configuration names.
 
-    def __init__(self, conf: Any) -> None:
+    :param by_hand: for a command, whoever runs it, not for a service.
+    """
+
+    def __init__(self, conf: Any, by_hand: bool = False) -> None:
         self.conf = conf
+        self._by_hand = by_hand
         self.state_dir = pathlib.Path(conf.state_dir).absolute()
 
     def make_state_dir(self) -> None:
@@ -147,13 +151,15 @@ class Environment:
         """The repository, if it can be written.
 
         :param vouch: believe it, whoever signed it.
-        :raises Invalid: it is behind HTTP, or it is another account's.
+        :raises Invalid: it is behind HTTP, or a command of root's would write
+            to another account's.
         """
         found = self.open_repository(vouch)
         if not hasattr(found.store, 'create'):
             raise exception.Invalid(
                 f'{self.location()} can only be read; use its directory')
-        as_owner(self.location())
+        if self._by_hand:
+            as_owner(self.location())
         return found
 
     def microvm_location(self) -> str:
@@ -234,7 +240,7 @@ class Command(command.Command):
     @property
     def env(self) -> Environment:
         """The places and parts."""
-        return Environment(self.app.conf)
+        return Environment(self.app.conf, by_hand=True)
 
 
 class ShowOne(show.ShowOne):

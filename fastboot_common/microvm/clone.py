@@ -30,8 +30,7 @@ _KNOWN_DEVICES: Final = frozenset((
 #: What the template has as well, or what no guest sees.
 _KNOWN_FEATURES: Final = frozenset(('acpi', 'apic', 'pae', 'tcg',
                                     'vmcoreinfo'))
-_KNOWN_CPU: Final = frozenset(('model', 'vendor', 'topology', 'feature',
-                               'numa'))
+_KNOWN_CPU: Final = frozenset(('model', 'vendor', 'topology', 'feature'))
 #: Others need a device of the host's, or memory that another shares.
 _INTERFACES: Final = frozenset(('bridge', 'ethernet', 'network', 'user'))
 _MEMORY_BLOCK: Final = 128
@@ -157,7 +156,7 @@ def _check(tree: document.Element) -> None:
         if any(topology.get(name, '1') != '1'
                for name in ('dies', 'clusters', 'cores', 'threads')):
             raise Unsuitable('its processors are not one socket each')
-    for path in ('os/loader', 'os/nvram', 'os/kernel', 'cpu/numa',
+    for path in ('os/loader', 'os/nvram', 'os/kernel',
                  'cputune/vcpupin', 'cputune/emulatorpin',
                  "vcpu[@cpuset]", 'devices/disk/encryption',
                  # The template's root disk has rings of the other kind.

@@ -107,9 +107,8 @@ class Detach(base.Lister):
         if not parsed_args.instances.is_dir():
             raise exception.NotFound(
                 f'{parsed_args.instances} is not there; see --instances')
-        disks = [disk for disk in detach.find(parsed_args.instances)
-                 if not parsed_args.server
-                 or disk.server in parsed_args.server]
+        disks = [disk for server in sorted(set(parsed_args.server or ['']))
+                 for disk in detach.find(parsed_args.instances, server)]
         self.app.stderr.write(f'{len(disks)} disks on local blocks in '
                               f'{parsed_args.instances}\n')
         work = detach.Detacher(

@@ -162,8 +162,8 @@ class _Resume:
     def run(self, prepare: Callable[[], None] | None) -> Resumed:
         with self._failing(), contextlib.ExitStack() as undo:
             self._see_that_it_is_new()
-            undo.callback(_remove, self._instance.disk)
             self._enter('define')
+            undo.callback(_remove, self._instance.disk)
             domain = self._connection.defineXML(self._spec.xml)
             undo.callback(_undefine, domain)
             if prepare:

@@ -836,6 +836,14 @@ def test_a_serial_that_a_journal_gives_twice(world):
         with pytest.raises(exception.Invalid, match='not the one that this'):
             host.acquire('another', 'stranger')
         one, image = host.find('image')
+        # Nothing was begun that the next one would have to clear up.
+        assert not one._index.busy
+        # What cannot be read is no trouble of all new images.
+        damaged = one.path / 'images/damaged'
+        damaged.write_bytes(b'{')
+        with pytest.raises(exception.Invalid, match='not the one that this'):
+            host.acquire('another', 'stranger')
+        damaged.unlink()
         assert host.check('image')[1] == []
         assert not verify(one.path, journal.Image(
             'image', '', image.serial, image.manifest, 0,

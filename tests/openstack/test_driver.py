@@ -401,30 +401,48 @@ def test_a_migration_that_is_refused_leaves_the_server(
 
 
 class Standing(Domain):
-    """Stands still for want of a block, if it is not paused.
+    """A domain that is asked to pause.
 
-    :param running: it did not, until it is paused.
+    :param states: that it has, one after the other; the last one stays.
     """
 
-    def __init__(self, running):
+    def __init__(self, *states):
         super().__init__(OWN)
-        self.marks, self.running = [], running
+        self.marks, self.states = [], list(states)
 
     def state(self):
-        return [stock.libvirt.VIR_DOMAIN_PAUSED,
-                stock.libvirt.VIR_DOMAIN_PAUSED_USER if self.running
-                else stock.libvirt.VIR_DOMAIN_PAUSED_IOERROR]
+        return self.states[0] if len(self.states) == 1 \
+            else self.states.pop(0)
+
+    def isPersistent(self):  # noqa: N802
+        return True
 
     def setMetadata(self, kind, element, key, uri, flags):
-        assert flags == stock.libvirt.VIR_DOMAIN_AFFECT_LIVE
+        assert flags == stock.libvirt.VIR_DOMAIN_AFFECT_LIVE | (
+            0 if element else stock.libvirt.VIR_DOMAIN_AFFECT_CONFIG)
         assert kind == stock.libvirt.VIR_DOMAIN_METADATA_ELEMENT
         self.marks.append(element)
 
 
-@pytest.mark.parametrize('running, marks', [
-    (True, ['<paused/>', None]), (False, ['<paused/>'])])
-def test_paused_by_its_owner(made, monkeypatch, running, marks):
-    domain = Standing(running)
+WAITS = [stock.libvirt.VIR_DOMAIN_PAUSED,
+         stock.libvirt.VIR_DOMAIN_PAUSED_IOERROR]
+PAUSED = [stock.libvirt.VIR_DOMAIN_PAUSED,
+          stock.libvirt.VIR_DOMAIN_PAUSED_USER]
+RUNS = [stock.libvirt.VIR_DOMAIN_RUNNING, 1]
+
+
+@pytest.mark.parametrize('states, marks', [
+    ([PAUSED], ['pause', None]),
+    ([WAITS], ['pause']),
+    # The agent had looked before it was marked, and resumed it after it
+    # was paused, which did nothing.
+    ([RUNS, PAUSED], ['pause', 'pause', None]),
+    # It was resumed, and wants the next block.
+    ([RUNS, WAITS], ['pause', 'pause']),
+    # The agent, who sees the mark, has the rest to do.
+    ([WAITS, PAUSED], ['pause'])])
+def test_paused_by_its_owner(made, monkeypatch, states, marks):
+    domain = Standing(*states)
     made._host = types.SimpleNamespace(
         get_guest=lambda instance: libvirt_guest.Guest(domain))
     monkeypatch.setattr(made, '_stubs', lambda instance: {'disk': 'stub'})
@@ -433,7 +451,7 @@ def test_paused_by_its_owner(made, monkeypatch, running, marks):
             stock.LibvirtDriver, name, lambda self, instance, name=name:
             domain.marks.append(name))
     made.pause(made.server)
-    assert domain.marks == [marks[0], 'pause', *marks[1:]]
+    assert domain.marks == ['<paused/>', *marks]
     domain.marks.clear()
     made.unpause(made.server)
     assert domain.marks == [None, 'unpause']
@@ -449,7 +467,7 @@ def test_libvirt_may_know_nothing_of_it(made, monkeypatch):
     def fail(*words):
         raise error('no', stock.libvirt.VIR_ERR_NO_SUPPORT)
 
-    domain, done = Standing(False), []
+    domain, done = Standing(WAITS), []
     domain.setMetadata = domain.state = fail
     made._host = types.SimpleNamespace(
         get_guest=lambda instance: libvirt_guest.Guest(domain))
@@ -460,12 +478,30 @@ def test_libvirt_may_know_nothing_of_it(made, monkeypatch):
     assert done
 
 
+def test_one_that_cannot_be_paused(made, monkeypatch):
+    """It is not left alone by the agent."""
+    def fail(self, instance):
+        raise error('no', stock.libvirt.VIR_ERR_OPERATION_TIMEOUT)
+
+    domain = Standing(WAITS)
+    made._host = types.SimpleNamespace(
+        get_guest=lambda instance: libvirt_guest.Guest(domain))
+    monkeypatch.setattr(made, '_stubs', lambda instance: {'disk': 'stub'})
+    monkeypatch.setattr(stock.LibvirtDriver, 'pause', fail)
+    with pytest.raises(stock.libvirt.libvirtError):
+        made.pause(made.server)
+    assert domain.marks == ['<paused/>', None]
+
+
 @pytest.mark.parametrize('runs', [PORT, ''])
 def test_a_volume_that_is_swapped(made, monkeypatch, runs):
     """What is defined afterwards is Nova's machine, with the new volume."""
     disk = "<disk type='file'><source file='/{}'/><target dev='vdb'/></disk>"
 
     class Swapped(Domain):
+        def UUIDString(self):  # noqa: N802
+            return 'a'
+
         def XMLDesc(self, flags):
             if flags & stock.libvirt.VIR_DOMAIN_XML_INACTIVE:
                 return DOMAIN.format('restart', disk.format('old'))
@@ -485,3 +521,10 @@ def test_a_volume_that_is_swapped(made, monkeypatch, runs):
     assert tree.find('devices/disk/source').get('file') == '/new'
     assert tree.findtext('on_reboot') == ('restart' if runs else 'destroy')
     assert len(defined) == (2 if runs else 1)
+    # The volume is another one, whatever comes of the definition.
+    def fail(*words):
+        raise exception.Corrupt('no such disk')
+
+    monkeypatch.setattr(driver.spawn, 'with_disk', fail)
+    made._swap_volume(libvirt_guest.Guest(domain), 'vdb', None, 0)
+    assert len(defined) == (3 if runs else 2)

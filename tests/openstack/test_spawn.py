@@ -273,9 +273,12 @@ def test_disks_that_are_novas_own(world, tmp_path):
 def test_devices_with_tags(world, notices):  # noqa: F811
     """Their metadata name places of the machine that is defined."""
     def prepare(connection, lane, spec, prepare):
+        before = world.path.read_bytes()
         try:
             prepare()
-        except exception.Invalid as error:
+        except exception.FastbootError as error:
+            assert world.path.read_bytes() == before
+            world.path.unlink()
             raise resume.ResumeFailed('define', str(error)) from error
 
     world.resume = prepare
@@ -283,8 +286,10 @@ def test_devices_with_tags(world, notices):  # noqa: F811
         devices=[objects.DiskMetadata(tags=['data'])])
     assert world.attempt() is None
     assert is_fresh(world)
-    event, _, reason = notices[-1]
-    assert event == 'fallback' and 'tags' in reason
+    # The lane is as it was, and the µVM nothing to blame for.
+    (outcome, phase, reason), = world.lane.returns
+    assert (outcome, phase) == ('refused', 'define') and 'tags' in reason
+    assert [event for event, *_ in notices] == ['hit']
 
 
 VOLUME = """<disk type='{kind}' device='disk'>

@@ -86,13 +86,19 @@ def test_in_time():
     assert not domain.ending.is_set()
 
 
-def test_what_nova_does_first_takes_too_long(tmp_path):
-    """Nothing is loaded any more, and the µVM is not the reason."""
+@pytest.mark.parametrize('slow, phase', [
+    ('prepare', 'define'), ('lookup', resume.BEGIN)])
+def test_what_is_done_first_takes_too_long(tmp_path, slow, phase):
+    """Nothing is loaded any more, and the µVM is not the reason.
+
+    A disk that was not touched stays: the server boots from it.
+    """
     disk, gone = tmp_path / 'disk', []
     disk.touch()
     domain = types.SimpleNamespace(undefineFlags=gone.append)
 
     def unknown(known):
+        time.sleep(0.1 * (slow == 'lookup'))
         raise libvirt.libvirtError('no domain')
 
     element = document.parse(
@@ -104,5 +110,6 @@ def test_what_nova_does_first_takes_too_long(tmp_path):
         types.SimpleNamespace(uuid='x', disk=element), lambda phase: None)
     with pytest.raises(resume.ResumeFailed) as found:
         one.run(lambda: time.sleep(0.1))
-    assert found.value.phase == 'define'
-    assert gone and not disk.exists()
+    assert found.value.phase == phase
+    assert bool(gone) == (slow == 'prepare')
+    assert disk.exists() == (slow == 'lookup')
