@@ -269,8 +269,8 @@ class _Attempt:
             done = self._resume(prepare)
         except resume.ResumeFailed as error:
             if isinstance(error.__cause__, clone.Unsuitable):
-                self._disk.renew()
                 self._refuse(error.phase, error.reason)
+                self._disk.renew()
                 return None
             self._lane.give_back(remote.FAILED, error.phase, error.reason)
             self._fall_back(error)
