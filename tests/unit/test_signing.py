@@ -4,6 +4,7 @@
 import base64
 import hashlib
 import json
+import os
 
 import pytest
 from cryptography.hazmat.primitives import serialization
@@ -155,6 +156,16 @@ def environment(repo, key, *trusted):
     conf.set_override('trusted_keys', [
         str(one.with_suffix('.pub')) for one in trusted], 'repository')
     return base.Environment(conf)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason='gives files to others')
+def test_only_commands_mind_whose_it_is(repo, keys):
+    """A builder that is root's reads what it wrote there itself."""
+    os.chown(repo.store._root, 4242, -1)
+    env = environment(repo, keys[0])
+    env.writable_repository()
+    with pytest.raises(exception.Invalid, match='belongs to #4242'):
+        base.Environment(env.conf, by_hand=True).writable_repository()
 
 
 def test_builders_sign_on_nothing_that_they_did_not_sign(repo, keys,
