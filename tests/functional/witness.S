@@ -362,7 +362,7 @@ print_byte:
  outb %al, %dx
  ret
 
-hello: .asciz "witness\r\n"
+hello: .asciz "witness\r\nreads its disk,\r\nwrites it, checks it\r\n"
 prompt: .asciz "login: "
 passed: .asciz "passed\r\n"
 bad: .asciz "\r\nBAD "

@@ -12,9 +12,9 @@ and lost is found, and so is one that came back.
 Some runs are read only on disks of a server's size. A builder's disk is
 smaller or larger, so they are never in a boot set.
 
-What it says on the console: ``login:`` after it has looked at everything
-once, a dot after every eight runs (or ``every``), ``<pass> passed`` after
-each pass, ``off`` when the power button was pressed, and
+What it says on the console: three lines, ``login:`` after it has looked at
+everything once, a dot after every eight runs (or ``every``), ``<pass>
+passed`` after each pass, ``off`` when the power button was pressed, and
 ``BAD <page> <found> <expected>`` or ``EIO <page>``, after which it does
 nothing any more.
 """
