@@ -146,8 +146,7 @@ class Steward:
         # Said before a builder can have it, and say more.
         if not known or known.state not in ('queued', 'building'):
             self._registry.note(image, 'queued')
-            if 'fastboot_state' not in image.properties:
-                self._registry.tell(image, {'fastboot_state': 'queued'})
+            self._registry.pending(image, 'queued')
         self._board.post(image.image_id, 'seen active in Glance',
                          among=waiting)
 

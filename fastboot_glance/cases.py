@@ -342,8 +342,7 @@ class Build(Case):
         options = tools.conf.capture
         with staging.open_stage(tools.workdir, image.image_id) as stage:
             note(stage='beginning')
-            self._registry.tell(image, {
-                'fastboot_state': 'building', 'fastboot_error': None})
+            self._registry.pending(image, 'building')
             work = build_flow.Work(
                 image=image, force=self._claim.job.force, stage=stage,
                 cancel=self._claim.cancel, glance=tools.glance,

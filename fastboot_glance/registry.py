@@ -33,9 +33,10 @@ ORIGIN: Final = 'glance'
 #: Seconds between two moves of an image.
 _MOVES_APART: Final = 300.0
 MICROVM_PROPERTIES: Final = ('fastboot_microvm', 'fastboot_microvm_error')
-_PROPERTIES: Final = ('fastboot_state', 'fastboot_version',
-                      'fastboot_boot_size', 'fastboot_size',
-                      'fastboot_error', *MICROVM_PROPERTIES)
+#: All that builders say of an image in Glance.
+PROPERTIES: Final = ('fastboot_state', 'fastboot_version',
+                     'fastboot_boot_size', 'fastboot_size',
+                     'fastboot_error', *MICROVM_PROPERTIES)
 
 
 class Registry:
@@ -84,7 +85,7 @@ class Registry:
                 state, records.clean(refusal.reason, 1000), 0.0):
             self._records.forget_microvms(image.image_id)
             self.note(image, state, error=refusal.reason)
-        values: dict[str, str | None] = dict.fromkeys(_PROPERTIES)
+        values: dict[str, str | None] = dict.fromkeys(PROPERTIES)
         if not refusal.off:
             values |= {'fastboot_state': 'skipped',
                        'fastboot_error': refusal.reason}
@@ -131,6 +132,21 @@ class Registry:
         except exception.Unavailable as error:
             LOG.warning('properties of image %s are not set: %s',
                         image.image_id, error)
+
+    def pending(self, image: images.Image, state: str) -> None:
+        """Say in Glance that the image's cache is being made.
+
+        If it has none yet, what else is said there is another's: Nova gives
+        a snapshot all properties of the image that its server came from,
+        but those in ``[DEFAULT] non_inheritable_image_properties``.
+
+        :raises NotFound: the image was deleted.
+        """
+        values: dict[str, str | None] = {}
+        if self.find(image.image_id) is None:
+            values = dict.fromkeys(PROPERTIES)
+        self.tell(image, values | {'fastboot_state': state,
+                                   'fastboot_error': None})
 
     def announce(self, event: str, image_id: str, **payload: Any) -> None:
         """Tell agents the newest version, and others what happened."""

@@ -257,6 +257,7 @@ enabled_backends = fs:file
 enabled_import_methods = [glance-direct]
 node_staging_uri = file://{path}/staging
 worker_self_reference_url = {url}
+property_protection_file = {path}/protections.conf
 [database]
 connection = {database}
 [glance_store]
@@ -300,20 +301,34 @@ paste.filter_factory = {negotiation}
 [filter:everybody]
 paste.filter_factory = brokers:everybody
 """
+# As doc/source/admin/openstack.rst has it.
+_PROTECTIONS = """
+[^fastboot_.*]
+create = admin
+read = admin
+update = admin
+delete = admin
+[.*]
+create = @
+read = @
+update = @
+delete = @
+"""
 _NEGOTIATION = ('glance.api.middleware.version_negotiation:'
                 'VersionNegotiationFilter.factory')
 
 
 def everybody(global_conf, **local_conf):
-    """A filter for Glance's pipeline: all are administrators."""
+    """A filter for Glance's pipeline: who names no roles administers."""
     from glance import context
     from glance.common import wsgi
 
     class Everybody(wsgi.Middleware):
         def process_request(self, request):
+            roles = request.headers.get('X-Roles', 'admin').split(',')
             request.context = context.RequestContext(
-                user_id='tester', project_id='test', roles=['admin'],
-                is_admin=True)
+                user_id='tester', project_id='test', roles=roles,
+                is_admin='admin' in roles)
 
     return Everybody
 
@@ -405,6 +420,7 @@ def glance(path, sql, bus=None, plugins=None, match='true', python_path=''):
         driver='messagingv2' if bus else 'noop'))
     (path / 'paste.ini').write_text(_PASTE.format(
         negotiation=_NEGOTIATION))
+    (path / 'protections.conf').write_text(_PROTECTIONS)
     (path / 'policy.yaml').write_text('"default": "@"\n' + ''.join(
         f'"{name}": "@"\n' for name in _policies()))
     if plugins:

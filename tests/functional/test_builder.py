@@ -80,6 +80,31 @@ def test_upload_becomes_ready(centre, tmp_path):
     centre.wait_idle()
 
 
+def test_a_snapshot_is_not_ready_because_its_base_is(centre, tmp_path):
+    """Nova copies the properties of a server's image to its snapshots."""
+    inherited = {'fastboot_state': 'ready', 'fastboot_version': '7',
+                 'fastboot_boot_size': '4096', 'fastboot_size': '4096',
+                 'fastboot_microvm': 'ready'}
+    disk = centre_stack.bootable(tmp_path / 'disk')
+    image_id = centre.glance.make('snapshot', disk, **inherited)
+    cut = tmp_path / 'cut'
+    cut.write_bytes(b'QFI\xfb\0\0\0\3')
+    broken = centre.glance.smuggle('broken', cut, disk_format='qcow2',
+                                   **inherited)
+    centre.start()
+    found = centre.wait_state(image_id, 'ready', 'error')
+    assert found.state == 'ready'
+    shown = centre.glance.show(image_id)
+    assert shown['fastboot_version'] == str(found.version)
+    assert 'fastboot_microvm' not in shown
+    assert centre.wait_state(broken, 'ready', 'error').state == 'error'
+    shown = centre.glance.show(broken)
+    assert shown['fastboot_state'] == 'error'
+    assert {name for name in shown if name.startswith('fastboot_')} == {
+        'fastboot_state', 'fastboot_error'}
+    centre.wait_idle()
+
+
 def test_each_image_gets_its_end(centre, tmp_path):
     """Built, not built, hostile: users see which and why."""
     centre.start(capture={'timeout': 10}, eligibility={'max_size': 1})

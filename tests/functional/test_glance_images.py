@@ -231,6 +231,26 @@ def test_properties(glance, image_id):
     assert glance.show(image_id)['updated_at'] == before
 
 
+def test_protected_properties(glance, image_id):
+    """Operators may keep what builders say to themselves."""
+    assert client(glance.url).tell(image_id, {'fastboot_state': 'ready'})
+    assert glance.show(image_id)['fastboot_state'] == 'ready'
+    member = {'X-Roles': 'member'}
+    shown = glance.call('GET', f'/{image_id}', headers=member).json()
+    assert 'fastboot_state' not in shown
+    patch = {**member, 'Content-Type':
+             'application/openstack-images-v2.1-json-patch'}
+    for change in ({'op': 'remove'}, {'op': 'replace', 'value': 'error'}):
+        with pytest.raises(AssertionError, match='40[39]'):
+            glance.call('PATCH', f'/{image_id}', headers=patch, json=[
+                {**change, 'path': '/fastboot_state'}])
+    assert glance.show(image_id)['fastboot_state'] == 'ready'
+    # Those that users set are theirs.
+    glance.call('PATCH', f'/{image_id}', headers=patch, json=[
+        {'op': 'add', 'path': '/fastboot', 'value': 'off'},
+        {'op': 'add', 'path': '/fastboot:lazy', 'value': 'no'}])
+
+
 def test_list_is_complete(glance, monkeypatch):
     monkeypatch.setattr(images, '_PAGE', 2)
     made = {glance.create(f'image{number}', os_hidden=number % 2 == 0)

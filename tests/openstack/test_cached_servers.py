@@ -156,6 +156,8 @@ def test_a_snapshot_becomes_a_cached_image(user, image, clean):
     snapshot = user.cloud.compute.create_server_image(
         found.server.id, 'snapshot', wait=False)
     snapshot = clean.image(snapshot.id)
+    assert not [name for name in user.cloud.image.get_image(
+        snapshot).properties if name.startswith('fastboot_')]
     user.wait(lambda: user.cloud.image.get_image(snapshot).status == 'active',
               300, 'the snapshot')
     user.wait_built(snapshot, 900)

@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from fastboot_glance import registry
+
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / 'tools'))
 
 from cloud import config, node, proxy_counters  # noqa: E402
@@ -71,6 +73,10 @@ class TestFiles:
             'file=writeback'
         assert parsed(off, name)['DEFAULT']['compute_driver'] == \
             'libvirt.LibvirtDriver'
+        option = 'non_inheritable_image_properties'
+        assert parsed(on, 'nova/nova.conf')['DEFAULT'][option].split(
+            ',')[2:] == [*registry.PROPERTIES]
+        assert option not in parsed(off, 'nova/nova.conf')['DEFAULT']
         plugin = 'glance/glance-image-import.conf'
         assert '[fastboot]' in config.files(on)[on.etc / plugin]
         assert config.files(off)[off.etc / plugin] == ''

@@ -14,6 +14,8 @@ import subprocess
 
 import pytest
 
+from fastboot_glance import registry
+
 TOP = pathlib.Path(__file__).parents[2]
 PLUGIN = TOP / 'devstack'
 SCRIPTS = [PLUGIN / 'settings', PLUGIN / 'override-defaults',
@@ -299,6 +301,8 @@ def test_all_phases_of_one_node(one: DevStack) -> None:
     nova = one.conf('etc/nova/nova.conf')
     assert nova['DEFAULT']['compute_driver'] == (
         'fastboot.FastbootLibvirtDriver')
+    assert nova['DEFAULT']['non_inheritable_image_properties'] == ','.join(
+        ('cache_in_nova', 'bittorrent', *registry.PROPERTIES))
     assert nova['libvirt']['images_type'] == 'qcow2'
     assert nova['libvirt']['disk_cachemodes'] == 'file=writeback'
     assert nova['fastboot']['agent_socket'] == f'{state}/run/agent.sock'

@@ -21,6 +21,12 @@ from cloud.layout import (
 _PRIVSEP = ('nova_sys_admin', 'privsep_osbrick', 'vif_plug_ovs_privileged',
             'vif_plug_linux_bridge_privileged')
 
+#: Nova's default, and what builders say of an image.
+NOT_FOR_SNAPSHOTS = (
+    'cache_in_nova', 'bittorrent', 'fastboot_state', 'fastboot_version',
+    'fastboot_boot_size', 'fastboot_size', 'fastboot_error',
+    'fastboot_microvm', 'fastboot_microvm_error')
+
 
 def _common(layout: Layout, node: Node) -> Sections:
     return {
@@ -60,13 +66,17 @@ def _common(layout: Layout, node: Node) -> Sections:
 
 def central(layout: Layout) -> str:
     """nova.conf."""
+    fastboot: Sections = {
+        'DEFAULT': {'non_inheritable_image_properties':
+                    ','.join(NOT_FOR_SNAPSHOTS)},
+    }
     return render(merged(_common(layout, layout.control), {
         'DEFAULT': {'state_path': '/run/nova'},
         'api_database': {'connection': layout.database('nova_api')},
         'database': {'connection': layout.database('nova')},
         'scheduler': {'workers': 1, 'discover_hosts_in_cells_interval': 2},
         'conductor': {'workers': 1},
-    }))
+    }, fastboot if layout.options.fastboot else {}))
 
 
 def compute(layout: Layout, node: Node) -> str:
